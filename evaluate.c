@@ -5,7 +5,6 @@ trained on some patients and scored on others. It also writes the features for u
   ./evaluate --model DIR --data PATH [--data PATH]... [--protocol knn|linear] [--random-init] [--extract PREFIX]     (--help: the rest)
 
   Options, parse_options    the command line
-  find_model                a Hugging Face folder, a checkpoint or a run: the folder with the weights
   Study, study_read         the slices, their classes, and the split by patient
   encode_slices             features [n, F] of slices, in batches
   extract_*                 PREFIX.npy and PREFIX.tsv, both or neither
@@ -133,50 +132,6 @@ static Options parse_options(int argc, char **argv) {
     return o;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- model
-
-// a then b as a new string.
-static char *joined(const char *a, const char *b) {
-    char *both = xmalloc(strlen(a) + strlen(b) + 1, "a path");
-    strcpy(both, a);
-    return strcat(both, b);
-}
-
-static int has_weights(const char *folder) {
-    char *one = joined(folder, "/model.safetensors"), *index = joined(folder, "/model.safetensors.index.json");
-    int found = file_exists(one) || file_exists(index);
-    free(one);
-    free(index);
-    return found;
-}
-
-// The folder with the weights: `path` itself, its teacher/, or the teacher/ of its highest step-N. Status 2 where there is
-// none.
-static char *find_model(const char *path) {
-    if (has_weights(path)) return joined(path, "");
-    char *found = joined(path, "/teacher");
-    if (has_weights(found)) return found;
-    DIR *folder = opendir(path);
-    if (!folder) fail(STATUS_USAGE, "--model %s: %s", path, strerror(errno));
-    long long newest = -1;
-    for (struct dirent *e; (e = readdir(folder));) {
-        char *end, name[300];
-        long long step = strncmp(e->d_name, "step-", 5) ? -1 : strtoll(e->d_name + 5, &end, 10);
-        if (step <= newest || end == e->d_name + 5 || *end) continue;
-        snprintf(name, sizeof name, "/%s/teacher", e->d_name);
-        char *inside = joined(path, name);
-        if (has_weights(inside)) {
-            free(found);
-            found = inside;
-            newest = step;
-        } else free(inside);
-    }
-    closedir(folder);
-    if (newest < 0)
-        fail(STATUS_USAGE, "--model %s: no model.safetensors here, in teacher/ or in step-*/teacher/; give a Hugging Face folder, a checkpoint or a run", path);
-    return found;
-}
-
 // ---------------------------------------------------------------------------------------------------------------- data
 
 typedef struct {
@@ -274,6 +229,7 @@ static Study study_read(Dataset *d, const Options *o) {
 static void show_progress(size_t done, size_t total, double start) {
     static double shown;
     double now = seconds_now();
+    if (shown < start) shown = start;
     int terminal = isatty(2);
     if (done < total && now - shown < (terminal ? 0.2 : 5)) return;
     shown = now;
@@ -333,6 +289,13 @@ static float *encode_slices(const Backend *be, Model *m, const Config *c, Datase
 
 enum { EXTRACT_NPY, EXTRACT_TSV, EXTRACT_FILES };
 static struct { char *path, *partial; FILE *file; } extract[EXTRACT_FILES];
+
+// a then b as a new string.
+static char *joined(const char *a, const char *b) {
+    char *both = xmalloc(strlen(a) + strlen(b) + 1, "a path");
+    strcpy(both, a);
+    return strcat(both, b);
+}
 
 // However the program ends, what was not finished goes.
 static void extract_discard(void) {
@@ -433,7 +396,8 @@ static void score_features(const char *model, const Study *s, const Config *c, c
 int main(int argc, char **argv) {
     Options o = parse_options(argc, argv);
     const Backend *be = &cpu_backend;
-    char *folder = find_model(o.model);
+    char folder[PATH_SIZE];
+    checkpoint_teacher(o.model, folder);
     Config c = config_default();
     hf_read_config(folder, &c);
     if (o.size) c.crops_global_size = o.size;
@@ -441,8 +405,9 @@ int main(int argc, char **argv) {
         fail(STATUS_USAGE, "--size %lld: expected a multiple of the model's patch, %lld pixels", c.crops_global_size, c.model_patch);
     c.data_normalize = o.norm;
     if (o.clip_air >= 0) c.data_clip_below_air = o.clip_air;
+    c.crops_local_size = c.model_patch;             // there are no local crops: any size that config_validate takes
     c.crops_local_count = 0;
-    c.optim_batch_size = ENCODE_BATCH;
+    config_validate(&c, folder);
 
     Dataset *d = dataset_open(o.data, o.n_data);
     Study s = study_read(d, &o);
@@ -476,7 +441,6 @@ int main(int argc, char **argv) {
     }
     be->destroy(m);
     dataset_close(d);
-    free(folder);
     if (ferror(stdout) || fflush(stdout)) fail(STATUS_FAILED, "the results cannot be written to stdout: %s", strerror(errno));
     return STATUS_DONE;
 }

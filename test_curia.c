@@ -270,14 +270,14 @@ static void golden_step(const Backend *backend, const SafeTensors *f) {
 
 // A Hugging Face folder with expected.safetensors: pixels.<size> in, last_hidden_state.<size> out.
 static void golden_folder(const Backend *backend, const char *dir) {
-    char path[4096];
+    char path[PATH_SIZE];
     Config c = config_default();
     hf_read_config(dir, &c);
     config_validate(&c, dir);
     TensorTable t = tensors_build(&c, 0);
     Model *m = backend->create(&c, &t, 0);
     hf_read_weights(backend, m, &t, dir, "teacher.");
-    snprintf(path, sizeof path, "%s/expected.safetensors", dir);
+    path_join(path, dir, "expected.safetensors");
     SafeTensors *f = safetensors_open(path);
     for (int i = 0; i < f->count; i++) {
         if (!starts(f->tensors[i].name, "last_hidden_state.")) continue;

@@ -1321,3 +1321,307 @@ const Backend cpu_backend_fp64 = {
 const Backend cpu_backend = {
 #endif
     "cpu", model_create, model_destroy, model_write, model_read, model_step, model_encode, model_pixels};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. main: draw a batch, step, log, checkpoint
+#ifndef CURIA_LIBRARY
+
+#include <getopt.h>
+#include <signal.h>
+#include "curia/checkpoint.h"
+#include "curia/recipes.h"
+#include "curia/views.h"
+#include "prep/phantom.h"
+
+#define PHANTOM_DIR "data/phantom"
+
+static const char usage[] =
+    "usage: train_curia [options]\n"
+    "  --recipe NAME|list     a named set of values (default tiny); list prints them all with their sources\n"
+    "  --set KEY=VALUE        one value; may be given many times, the last one counts\n"
+    "  --data PATH            a shard, or a folder of shards; may be given many times (default: the phantom, made on first use)\n"
+    "  --out DIR              the run's folder (default: the first free of runs/RECIPE, runs/RECIPE-2, ...)\n"
+    "  --steps N              stop after step N; the schedules' length is optim.steps\n"
+    "  --batch-size N         the same as --set optim.batch_size=N\n"
+    "  --seed N               the same as --set run.seed=N\n"
+    "  --device auto|cpu|cuda where to run (default auto)\n"
+    "  --init DIR             start student and teacher from a Hugging Face Dinov2 folder, a checkpoint or a run\n"
+    "  --resume               go on from the newest checkpoint in --out, from the start where there is none\n"
+    "  --print-config         print the configuration as JSON and end\n"
+    "  --help                 this text and every key\n"
+    "keys:\n";
+
+typedef struct {
+    const char *recipe, *out, *init, *device, *steps;
+    const char *data[256], *sets[256];      // sets: "key=value"
+    int data_count, set_count, resume, print_config;
+} Options;
+
+static Options parse_options(int argc, char **argv) {
+    static const struct option options[] = {
+        {"recipe", 1, 0, 'r'}, {"set", 1, 0, 's'}, {"data", 1, 0, 'd'}, {"out", 1, 0, 'o'}, {"steps", 1, 0, 'n'}, {"batch-size", 1, 0, 'b'},
+        {"seed", 1, 0, 'e'}, {"device", 1, 0, 'v'}, {"init", 1, 0, 'i'}, {"resume", 0, 0, 'c'}, {"print-config", 0, 0, 'p'}, {"help", 0, 0, 'h'}, {0}};
+    Options o = {.recipe = "tiny", .device = "auto"};
+    for (int k; (k = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        if (k == '?') exit(STATUS_USAGE);       // getopt has said why
+        if ((k == 'd' && o.data_count == 256) || ((k == 's' || k == 'b' || k == 'e') && o.set_count == 256))
+            fail(STATUS_USAGE, "more than 256 --data or --set options");
+        if (k == 'r') o.recipe = optarg;
+        if (k == 's') o.sets[o.set_count++] = optarg;
+        if (k == 'd') o.data[o.data_count++] = optarg;
+        if (k == 'o') o.out = optarg;
+        if (k == 'n') o.steps = optarg;
+        if (k == 'b' || k == 'e') {
+            size_t size = strlen(optarg) + 32;
+            char *set = xmalloc(size, "options");
+            snprintf(set, size, "%s=%s", k == 'b' ? "optim.batch_size" : "run.seed", optarg);
+            o.sets[o.set_count++] = set;
+        }
+        if (k == 'v') o.device = optarg;
+        if (k == 'i') o.init = optarg;
+        if (k == 'c') o.resume = 1;
+        if (k == 'p') o.print_config = 1;
+        if (k == 'h') {
+            fputs(usage, stdout);
+            config_print_help(stdout);
+            exit(STATUS_DONE);
+        }
+    }
+    if (optind < argc) fail(STATUS_USAGE, "unexpected argument '%s'; --help lists the options", argv[optind]);
+    if (!strcmp(o.recipe, "list")) {
+        recipe_list(stdout);
+        exit(STATUS_DONE);
+    }
+    if (o.resume && !o.out) fail(STATUS_USAGE, "--resume needs --out DIR, the folder of the run to go on with");
+    if (!strcmp(o.device, "cuda")) fail(STATUS_USAGE, "--device cuda: this program was built without the CUDA backend; use --device cpu");
+    if (strcmp(o.device, "auto") && strcmp(o.device, "cpu")) fail(STATUS_USAGE, "--device %s: expected auto, cpu or cuda", o.device);
+    return o;
+}
+
+// Recipe, then the model of --init, then --set in order. With a checkpoint to go on from, its config is the base, and what
+// the command line changes may only be run.* keys: anything else would not be the same run.
+static Config make_config(const Options *o, const char *init_dir, const char *checkpoint) {
+    Config c = config_default(), saved;
+    if (checkpoint) {
+        c = saved = checkpoint_config(checkpoint);
+    } else {
+        recipe_apply(&c, o->recipe);
+        if (init_dir) {
+            Config folder = config_default();
+            hf_read_config(init_dir, &folder);
+            for (int i = 0; i < CONFIG_KEY_COUNT; i++) {
+                char value[256];
+                config_format(&folder, &config_keys[i], value);
+                int of_model = !strncmp(config_keys[i].name, "model.", 6) && strcmp(config_keys[i].name, "model.drop_path") && strcmp(config_keys[i].name, "model.interpolate");
+                if (of_model) config_set(&c, config_keys[i].name, value, init_dir);
+            }
+        }
+    }
+    for (int i = 0; i < o->set_count; i++) {
+        char key[256];
+        const char *equals = strchr(o->sets[i], '=');
+        if (!equals || equals == o->sets[i] || equals - o->sets[i] > 255) fail(STATUS_USAGE, "--set %s: expected key=value", o->sets[i]);
+        snprintf(key, sizeof key, "%.*s", (int)(equals - o->sets[i]), o->sets[i]);
+        config_set(&c, key, equals + 1, "--set");
+    }
+    config_validate(&c, checkpoint ? checkpoint : o->recipe);
+    for (int i = 0; checkpoint && i < CONFIG_KEY_COUNT; i++) {
+        char now[256], before[256];
+        config_format(&c, &config_keys[i], now);
+        config_format(&saved, &config_keys[i], before);
+        if (strcmp(now, before) && (strncmp(config_keys[i].name, "run.", 4) || !strcmp(config_keys[i].name, "run.seed")))
+            fail(STATUS_USAGE, "--set %s=%s: the run in %s was made with %s; start a new one with --init %s --out DIR", config_keys[i].name, now, checkpoint, before, checkpoint);
+    }
+    return c;
+}
+
+// The phantom, made once into PHANTOM_DIR: under a temporary name first, so that an interrupted run leaves no half of it.
+static const char *phantom_data(void) {
+    static const char made[] = PHANTOM_DIR "/train", temporary[] = PHANTOM_DIR ".writing";
+    if (!file_exists(made)) {
+        fprintf(stderr, "no --data given: making the phantom's shards in %s\n", PHANTOM_DIR);
+        file_make_dirs("data");
+        file_remove_tree(temporary);
+        phantom_make_default(temporary, 1);
+        if (rename(temporary, PHANTOM_DIR)) fail(STATUS_FAILED, "%s: cannot rename it to %s: %s", temporary, PHANTOM_DIR, strerror(errno));
+    }
+    return made;
+}
+
+static void set_weights(Dataset *data, const Config *c, int paths) {
+    double weights[256];
+    int n = 0;
+    const char *text = c->data_weights;
+    if (!*text) return;
+    while (n < 256) {
+        char *end;
+        weights[n] = strtod(text, &end);
+        if (end == text || !(weights[n] > 0) || (*end && *end != ',')) fail(STATUS_USAGE, "data.weights=%s: expected positive numbers separated by commas", c->data_weights);
+        n++;
+        text = end + 1;
+        if (!*end) break;
+    }
+    if (n != paths) fail(STATUS_USAGE, "data.weights=%s: %d weights for %d --data paths", c->data_weights, n, paths);
+    dataset_set_weights(data, weights, n);
+}
+
+// Student from the initial values or from --init; the teacher is its copy. Heads are always new.
+static void init_weights(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *init_dir) {
+    if (init_dir) hf_read_weights(backend, m, t, init_dir, "student.");
+    for (int i = 0; i < t->count; i++) {
+        char student[128], teacher[128];
+        snprintf(student, sizeof student, "student.%s", t->tensors[i].name);
+        snprintf(teacher, sizeof teacher, "teacher.%s", t->tensors[i].name);
+        float *values = xmalloc(t->tensors[i].size * sizeof(float), student);
+        if (init_dir && t->tensors[i].group == GROUP_BACKBONE) backend->read(m, student, DTYPE_F32, values);
+        else tensor_init(t, i, (uint64_t)c->run_seed, values);
+        backend->write(m, student, DTYPE_F32, values);
+        backend->write(m, teacher, DTYPE_F32, values);
+        free(values);
+    }
+}
+
+static const char log_header[] = "step\tloss\tdino\tibot\tkoleo\tsigreg\tgram\tlr\tweight_decay\tmomentum\tteacher_temp\tgrad_backbone\tgrad_dino_head\t"
+                                 "grad_ibot_head\tentropy_dino\tentropy_ibot\tfeature_std\tfeature_rank\timages_per_second\n";
+
+// Opens log.tsv for a run that has done `step` steps: rows of later steps, which a stopped run may have written after its
+// last checkpoint, are cut off.
+static FILE *open_log(const char *out, long long step) {
+    char path[PATH_SIZE], temporary[PATH_SIZE];
+    path_join(path, out, "log.tsv");
+    path_join(temporary, out, "log.tsv.writing");
+    FILE *f = file_create(temporary);
+    fputs(log_header, f);
+    if (step > 0 && file_exists(path)) {
+        size_t bytes;
+        char *text = file_read(path, &bytes), *save = NULL;
+        for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save))
+            if (line[0] >= '0' && line[0] <= '9' && atoll(line) <= step) fprintf(f, "%s\n", line);
+        free(text);
+    }
+    file_close(f, temporary);
+    if (rename(temporary, path)) fail(STATUS_FAILED, "%s: cannot rename it to %s: %s", temporary, path, strerror(errno));
+    f = fopen(path, "ab");
+    if (!f) fail(STATUS_FAILED, "%s: cannot open it: %s", path, strerror(errno));
+    return f;
+}
+
+// One line a step: over the last one on a terminal, every five seconds elsewhere.
+static void report(const Config *c, const Schedule *s, const StepResult *r, long long step, long long last, double seconds_per_step, double *reported) {
+    int live = isatty(2);
+    double left = seconds_per_step * (last - step), now = seconds_now();
+    if (!live && now - *reported < 5 && step < last) return;
+    *reported = now;
+    char gram[32] = "", koleo[32] = "";
+    if (c->koleo_weight > 0) snprintf(koleo, sizeof koleo, " koleo %.3f", r->koleo);
+    if (c->gram_weight > 0) snprintf(gram, sizeof gram, " gram %.4f", r->gram);
+    fprintf(stderr, "%sstep %lld/%lld | loss %.4f dino %.3f ibot %.3f sigreg %.4f%s%s | lr %.2e | grad %.3f | entropy %.2f | std %.3f rank %.1f | %.1f img/s | %d:%02d left%s",
+            live ? "\r\033[K" : "", step, last, r->loss, r->dino, r->ibot, r->sigreg, koleo, gram, s->lr, r->gradient_norm[GROUP_BACKBONE], r->prototype_entropy[0],
+            r->feature_std, r->feature_rank, c->optim_batch_size / seconds_per_step, (int)left / 60, (int)left % 60, live && step < last ? "" : "\n");
+}
+
+static volatile sig_atomic_t stop_requested;
+static void request_stop(int signal) { stop_requested = signal; }
+
+int main(int argc, char **argv) {
+    Options o = parse_options(argc, argv);
+    char out_buffer[512], checkpoint_path[PATH_SIZE], init_path[PATH_SIZE], config_path[PATH_SIZE];
+    const char *checkpoint = NULL, *init_dir = NULL;
+    if (!o.out) {
+        snprintf(out_buffer, sizeof out_buffer, "runs/%s", o.recipe);
+        for (int i = 2; file_exists(out_buffer); i++) snprintf(out_buffer, sizeof out_buffer, "runs/%s-%d", o.recipe, i);
+        o.out = out_buffer;
+    }
+    if (checkpoint_newest(o.out, checkpoint_path)) checkpoint = checkpoint_path;
+    path_join(config_path, o.out, "config.json");
+    if (!o.resume && !o.print_config && (checkpoint || file_exists(config_path)))
+        fail(STATUS_USAGE, "--out %s holds a run already; go on with it by --resume, or give another folder", o.out);
+    if (!o.resume) checkpoint = NULL;
+    if (o.init && !checkpoint) {
+        checkpoint_teacher(o.init, init_path);
+        init_dir = init_path;
+    }
+    Config c = make_config(&o, init_dir, checkpoint);
+    if (o.print_config) {
+        config_write_json(&c, stdout);
+        return STATUS_DONE;
+    }
+    long long last = c.optim_steps;
+    if (o.steps) {
+        char *end;
+        last = strtoll(o.steps, &end, 10);
+        if (*end || end == o.steps || last < 1) fail(STATUS_USAGE, "--steps %s: expected a number of steps from 1", o.steps);
+        if (last > c.optim_steps) last = c.optim_steps;
+    }
+    if (c.gram_weight > 0) fail(STATUS_USAGE, "gram.weight=%g: training has no Gram teacher yet; the loss takes targets from golden files only", c.gram_weight);
+
+    if (!o.data_count) o.data[o.data_count++] = phantom_data();
+    Dataset *data = dataset_open(o.data, o.data_count);
+    set_weights(data, &c, o.data_count);
+    const Backend *backend = &cpu_backend;
+    TensorTable table = tensors_build(&c, 1);
+    Model *model = backend->create(&c, &table, 1);
+    RunState state = {0, 0, dataset_identity(data)};
+    if (checkpoint) {
+        uint64_t identity = state.data_identity;
+        state = checkpoint_load(backend, model, &table, checkpoint);
+        if (state.data_identity != identity) fail(STATUS_DATA, "--data: these are not the shards that the run in %s was made with", o.out);
+    } else {
+        init_weights(backend, model, &table, &c, init_dir);
+    }
+    file_make_dirs(o.out);
+    FILE *f = file_create(config_path);
+    config_write_json(&c, f);
+    file_close(f, config_path);
+    FILE *log = open_log(o.out, state.step);
+
+    config_print(&c, stderr);
+    fprintf(stderr, "device cpu (%s), %d thread%s; %.2f M parameters; %llu slices; run in %s\n", strcmp(o.device, "cpu") ? "built without CUDA" : "as asked",
+            omp_get_max_threads(), omp_get_max_threads() == 1 ? "" : "s", table.size / 1e6, (unsigned long long)dataset_count(data), o.out);
+    if (checkpoint) fprintf(stderr, "resumed after step %lld\n", state.step);
+
+    struct sigaction action = {.sa_handler = request_stop};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    Sampler sampler = {(uint64_t)c.run_seed, state.sampler_next};
+    StepInput input = input_create(&c);
+    Prefetch *prefetch = prefetch_start(data);
+    input_indices(&input, data, &sampler);
+    prefetch_request(prefetch, input.indices, input.batch.samples);
+    double begin = seconds_now(), reported = begin;
+    long long first = state.step;
+    while (state.step < last && !stop_requested) {
+        // This step's slices are on their way; the next step's follow while it computes.
+        prefetch_wait(prefetch);
+        input_draw(&input, &c, data, state.step);
+        sampler.next += (uint64_t)c.optim_batch_size;
+        input_indices(&input, data, &sampler);
+        prefetch_request(prefetch, input.indices, input.batch.samples);
+
+        StepResult r;
+        backend->step(model, &input.batch, &r);
+        state.step++;
+        state.sampler_next = sampler.next;
+        if (!isfinite(r.loss))
+            fail(STATUS_FAILED, "step %lld: the loss is %g; lower optim.lr (%g) or optim.clip (%g) and resume from the newest checkpoint in %s", state.step, r.loss, c.optim_lr, c.optim_clip, o.out);
+        double each = (seconds_now() - begin) / (state.step - first);
+        const Schedule *s = &input.batch.schedule;
+        fprintf(log, "%lld\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.4g\n", state.step, r.loss, r.dino, r.ibot, r.koleo, r.sigreg, r.gram,
+                s->lr, s->weight_decay, s->momentum, s->teacher_temp, r.gradient_norm[0], r.gradient_norm[1], r.gradient_norm[2], r.prototype_entropy[0], r.prototype_entropy[1],
+                r.feature_std, r.feature_rank, c.optim_batch_size / each);
+        if (fflush(log)) fail(STATUS_FAILED, "%s/log.tsv: cannot write it: %s", o.out, strerror(errno));
+        report(&c, s, &r, state.step, last, each, &reported);
+        if (state.step == last || stop_requested || (c.run_save_every && state.step % c.run_save_every == 0))
+            checkpoint_save(backend, model, &table, &c, o.out, &state);
+    }
+    prefetch_wait(prefetch);
+    prefetch_stop(prefetch);
+    if (fclose(log)) fail(STATUS_FAILED, "%s/log.tsv: cannot write it: %s", o.out, strerror(errno));
+    fprintf(stderr, "%s after step %lld; peak memory %.0f MiB; run in %s\n", stop_requested ? "stopped" : "done", state.step, peak_memory() / 1048576.0, o.out);
+    input_free(&input);
+    backend->destroy(model);
+    dataset_close(data);
+    free(table.tensors);
+    return STATUS_DONE;
+}
+#endif

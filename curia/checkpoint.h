@@ -35,8 +35,8 @@ static inline double hf_number(const Json *o, const char *dir, const char *key, 
 // Fills the model.* keys, crops.global_size (the size the model was trained at) and data.clip_below_air from the folder.
 // Position embeddings are resized as transformers does. What this code cannot compute is refused by name.
 static inline void hf_read_config(const char *dir, Config *c) {
-    char path[4096], value[64];
-    snprintf(path, sizeof path, "%s/config.json", dir);
+    char path[PATH_SIZE], value[64];
+    path_join(path, dir, "config.json");
     Json *o = json_read(path);
     const Json *type = json_get(o, "model_type"), *act = json_get(o, "hidden_act");
     int registers = type && type->type == JSON_STRING && !strcmp(type->text, "dinov2_with_registers");
@@ -66,7 +66,7 @@ static inline void hf_read_config(const char *dir, Config *c) {
     long long hidden = (long long)(c->model_dim * hf_number(o, dir, "mlp_ratio", 4));
     c->model_ffn_hidden = swiglu ? (hidden * 2 / 3 + 7) / 8 * 8 : hidden;
     json_free(o);
-    snprintf(path, sizeof path, "%s/preprocessor_config.json", dir);
+    path_join(path, dir, "preprocessor_config.json");
     if (file_exists(path)) {
         Json *p = json_read(path);
         const Json *clip = json_get(p, "clip_below_air");
@@ -156,13 +156,13 @@ static inline void list_free(TensorList *l) {
 
 // `prefix` ("teacher." or "student.") as a Hugging Face folder: config.json, model.safetensors, preprocessor_config.json.
 static inline void hf_write(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *dir, const char *prefix) {
-    char path[4096];
+    char path[PATH_SIZE];
     file_make_dirs(dir);
     int registers = c->model_registers > 0, swiglu = c->model_ffn == FFN_SWIGLU;
     long long ratio_hidden = ffn_hidden_rule(c->model_dim, (int)c->model_ffn);
     // transformers derives F from mlp_ratio: any ratio that its rule turns into F will do
     double ratio = ratio_hidden == c->model_ffn_hidden ? 4 : (swiglu ? 1.5 : 1) * (double)c->model_ffn_hidden / (double)c->model_dim;
-    snprintf(path, sizeof path, "%s/config.json", dir);
+    path_join(path, dir, "config.json");
     FILE *f = file_create(path);
     fprintf(f, "{\n  \"apply_layernorm\": true,\n  \"architectures\": [\"%s\"],\n  \"attention_probs_dropout_prob\": 0.0,\n"
                "  \"drop_path_rate\": %.10g,\n  \"dtype\": \"float32\",\n  \"hidden_act\": \"gelu\",\n  \"hidden_dropout_prob\": 0.0,\n"
@@ -175,14 +175,14 @@ static inline void hf_write(const Backend *backend, Model *m, const TensorTable 
     fprintf(f, "  \"patch_size\": %lld,\n  \"qkv_bias\": true,\n  \"use_mask_token\": true,\n  \"use_swiglu_ffn\": %s\n}\n",
             c->model_patch, swiglu ? "true" : "false");
     file_close(f, path);
-    snprintf(path, sizeof path, "%s/preprocessor_config.json", dir);
+    path_join(path, dir, "preprocessor_config.json");
     f = file_create(path);
     fprintf(f, "{\n  \"clip_below_air\": %s,\n  \"crop_size\": %lld,\n  \"do_normalize\": true,\n  \"do_resize\": true,\n  \"eps\": 1e-06,\n"
                "  \"image_processor_type\": \"CuriaImageProcessor\"\n}\n", c->data_clip_below_air ? "true" : "false", c->model_pos_grid * c->model_patch);
     file_close(f, path);
     TensorList l = {0};
     for (int i = 0; i < t->count; i++) if (t->tensors[i].group == GROUP_BACKBONE) list_add(&l, &t->tensors[i], prefix, t->tensors[i].name);
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    path_join(path, dir, "model.safetensors");
     write_tensors(backend, m, path, l.names, l.shapes, l.count, (int)strlen(prefix));
     list_free(&l);
     file_sync_dir(dir);
@@ -248,29 +248,31 @@ static inline int checkpoint_list(const char *out, char ***names) {
 
 // Writes DIR/step-NNNNNNNN. An earlier checkpoint is never touched before the new one is in place under its name.
 static inline void checkpoint_save(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *out, const RunState *state) {
-    char temporary[2048], path[4096], final[2048];
-    snprintf(temporary, sizeof temporary, "%s/.writing-%08lld", out, state->step);
-    snprintf(final, sizeof final, "%s/step-%08lld", out, state->step);
+    char temporary[PATH_SIZE], path[PATH_SIZE], final[PATH_SIZE], name[64];
+    snprintf(name, sizeof name, ".writing-%08lld", state->step);
+    path_join(temporary, out, name);
+    snprintf(name, sizeof name, "step-%08lld", state->step);
+    path_join(final, out, name);
     file_remove_tree(temporary);
     file_make_dirs(temporary);
-    snprintf(path, sizeof path, "%s/teacher", temporary);
+    path_join(path, temporary, "teacher");
     hf_write(backend, m, t, c, path, "teacher.");
     TensorList l = student_tensors(t);
-    snprintf(path, sizeof path, "%s/student.safetensors", temporary);
+    path_join(path, temporary, "student.safetensors");
     write_tensors(backend, m, path, l.names, l.shapes, l.count, 0);
     list_free(&l);
     l = optimizer_tensors(backend, m, t);
-    snprintf(path, sizeof path, "%s/optimizer.safetensors", temporary);
+    path_join(path, temporary, "optimizer.safetensors");
     write_tensors(backend, m, path, l.names, l.shapes, l.count, 0);
     list_free(&l);
 
-    char state_path[4096];
-    snprintf(state_path, sizeof state_path, "%s/state.json", temporary);
+    char state_path[PATH_SIZE];
+    path_join(state_path, temporary, "state.json");
     FILE *f = file_create(state_path);
     fprintf(f, "{\n\"step\": %lld,\n\"sampler_next\": %llu,\n\"data_identity\": \"%016llx\",\n\"checksums\": {", state->step,
             (unsigned long long)state->sampler_next, (unsigned long long)state->data_identity);
     for (size_t i = 0; i < sizeof checkpoint_files / sizeof *checkpoint_files; i++) {
-        snprintf(path, sizeof path, "%s/%s", temporary, checkpoint_files[i]);
+        path_join(path, temporary, checkpoint_files[i]);
         fprintf(f, "%s\n  \"%s\": \"%016llx\"", i ? "," : "", checkpoint_files[i], (unsigned long long)file_checksum(path));
     }
     fprintf(f, "\n},\n\"config\": ");
@@ -285,7 +287,7 @@ static inline void checkpoint_save(const Backend *backend, Model *m, const Tenso
     char **names;
     int count = checkpoint_list(out, &names);
     for (int i = 0; i < count; i++) {
-        snprintf(path, sizeof path, "%s/%s", out, names[i]);
+        path_join(path, out, names[i]);
         if (i < count - c->run_keep) file_remove_tree(path);
         free(names[i]);
     }
@@ -294,15 +296,15 @@ static inline void checkpoint_save(const Backend *backend, Model *m, const Tenso
 
 // state.json of a checkpoint, after every file has been held against its checksum. The caller frees the tree.
 static inline Json *checkpoint_verify(const char *dir) {
-    char path[4096];
-    snprintf(path, sizeof path, "%s/state.json", dir);
+    char path[PATH_SIZE];
+    path_join(path, dir, "state.json");
     Json *state = json_read(path);
     const Json *sums = json_get(state, "checksums");
     for (size_t i = 0; i < sizeof checkpoint_files / sizeof *checkpoint_files; i++) {
         const Json *sum = sums ? json_get(sums, checkpoint_files[i]) : NULL;
         if (!sum || sum->type != JSON_STRING) fail(STATUS_DATA, "%s: no checksum of %s: the file is damaged", path, checkpoint_files[i]);
-        char file[4096], found[32];
-        snprintf(file, sizeof file, "%s/%s", dir, checkpoint_files[i]);
+        char file[PATH_SIZE], found[32];
+        path_join(file, dir, checkpoint_files[i]);
         snprintf(found, sizeof found, "%016llx", (unsigned long long)file_checksum(file));
         if (strcmp(found, sum->text))
             fail(STATUS_DATA, "%s: checksum %s, but state.json has %s: the file is damaged; use an earlier checkpoint", file, found, sum->text);
@@ -310,11 +312,11 @@ static inline Json *checkpoint_verify(const char *dir) {
     return state;
 }
 
-// The newest checkpoint in a run's folder into path[size]; 0 where there is none.
-static inline int checkpoint_newest(const char *out, char *path, size_t size) {
+// The newest checkpoint in a run's folder into path[PATH_SIZE]; 0 where there is none.
+static inline int checkpoint_newest(const char *out, char *path) {
     char **names;
     int count = checkpoint_list(out, &names);
-    if (count) snprintf(path, size, "%s/%s", out, names[count - 1]);
+    if (count) path_join(path, out, names[count - 1]);
     for (int i = 0; i < count; i++) free(names[i]);
     free(names);
     return count > 0;
@@ -338,9 +340,9 @@ static inline void read_tensors(const Backend *backend, Model *m, const char *pa
 
 // A checkpoint's config, without its tensors. Ends the program where the folder is damaged.
 static inline Config checkpoint_config(const char *dir) {
-    char path[4096];
+    char path[PATH_SIZE];
     Json *state = checkpoint_verify(dir);
-    snprintf(path, sizeof path, "%s/state.json", dir);
+    path_join(path, dir, "state.json");
     Config c = config_default();
     config_from_json(&c, json_get(state, "config"), path, NULL);
     json_free(state);
@@ -349,9 +351,9 @@ static inline Config checkpoint_config(const char *dir) {
 
 // Student, teacher, moments, centres and the run's state.
 static inline RunState checkpoint_load(const Backend *backend, Model *m, const TensorTable *t, const char *dir) {
-    char path[4096];
+    char path[PATH_SIZE];
     RunState run = {0};
-    snprintf(path, sizeof path, "%s/state.json", dir);
+    path_join(path, dir, "state.json");
     Json *state = json_read(path);
     int64_t step = -1, next = -1;
     const Json *v = json_get(state, "step"), *n = json_get(state, "sampler_next"), *id = json_get(state, "data_identity");
@@ -361,33 +363,33 @@ static inline RunState checkpoint_load(const Backend *backend, Model *m, const T
     run.sampler_next = (uint64_t)next;
     run.data_identity = strtoull(id->text, NULL, 16);
     json_free(state);
-    snprintf(path, sizeof path, "%s/teacher", dir);
+    path_join(path, dir, "teacher");
     hf_read_weights(backend, m, t, path, "teacher.");
     TensorList l = student_tensors(t);
-    snprintf(path, sizeof path, "%s/student.safetensors", dir);
+    path_join(path, dir, "student.safetensors");
     read_tensors(backend, m, path, &l);
     list_free(&l);
     l = optimizer_tensors(backend, m, t);
-    snprintf(path, sizeof path, "%s/optimizer.safetensors", dir);
+    path_join(path, dir, "optimizer.safetensors");
     read_tensors(backend, m, path, &l);
     list_free(&l);
     return run;
 }
 
-// The Hugging Face folder meant by DIR, into path[size]: DIR itself, DIR/teacher of a checkpoint, or that of the newest
+// The Hugging Face folder meant by DIR, into path[PATH_SIZE]: DIR itself, DIR/teacher of a checkpoint, or that of the newest
 // checkpoint of a run. A checkpoint's checksums are verified.
-static inline void checkpoint_teacher(const char *dir, char *path, size_t size) {
-    char probe[4096], checkpoint[4096];
-    snprintf(checkpoint, sizeof checkpoint, "%s", dir);
-    snprintf(probe, sizeof probe, "%s/state.json", dir);
-    if (!file_exists(probe) && !checkpoint_newest(dir, checkpoint, sizeof checkpoint)) {
-        snprintf(path, size, "%s", dir);
-        snprintf(probe, sizeof probe, "%s/config.json", dir);
+static inline void checkpoint_teacher(const char *dir, char *path) {
+    char probe[PATH_SIZE], checkpoint[PATH_SIZE];
+    snprintf(checkpoint, PATH_SIZE, "%s", dir);
+    path_join(probe, dir, "state.json");
+    if (!file_exists(probe) && !checkpoint_newest(dir, checkpoint)) {
+        snprintf(path, PATH_SIZE, "%s", dir);
+        path_join(probe, dir, "config.json");
         if (!file_exists(probe)) fail(STATUS_DATA, "%s: neither a model folder (config.json), a checkpoint (state.json) nor a run (step-*)", dir);
         return;
     }
     json_free(checkpoint_verify(checkpoint));
-    snprintf(path, size, "%s/teacher", checkpoint);
+    path_join(path, checkpoint, "teacher");
 }
 
 #endif

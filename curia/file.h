@@ -1,6 +1,7 @@
 /*
 Files and folders as checkpoints need them: every error is fatal and names the path, and what is closed is on the disk.
 
+  path_join          DIR/NAME in a buffer of PATH_SIZE bytes
   file_create        a new file for writing, or fail
   file_write         bytes into it
   file_close         flush, fsync, close; a full disk ends the program here at the latest
@@ -20,6 +21,14 @@ A path that cannot be written ends the program with STATUS_FAILED, one that cann
 #include <fcntl.h>
 #include <sys/stat.h>
 #include "log.h"
+
+enum { PATH_SIZE = 4096 };
+
+// path[PATH_SIZE] = dir/name; returns path.
+static inline char *path_join(char *path, const char *dir, const char *name) {
+    if (snprintf(path, PATH_SIZE, "%s/%s", dir, name) >= PATH_SIZE) fail(STATUS_FAILED, "%.100s...: the path is too long; use a shorter one", dir);
+    return path;
+}
 
 static inline FILE *file_create(const char *path) {
     FILE *f = fopen(path, "wb");

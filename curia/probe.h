@@ -303,9 +303,10 @@ typedef struct { double loss, gap; int iterations, converged; } LogisticFit;
 
 // Minimises logistic_loss from w, which it overwrites: L-BFGS (Nocedal and Wright 2006, algorithm 7.5) with 10 pairs, and
 // bisection for a step that meets the weak Wolfe conditions (1e-4, 0.9; Lewis and Overton 2013). The penalty makes the loss
-// strongly convex in the weights with constant 1 / (C n), so |gradient|^2 C n / 2 bounds its distance from the least loss
-// (the biases, which bear no penalty, aside): it stops once that is below `gap`, after 1000 iterations, or where rounding
-// leaves no lower point. A class without a row gets the bias -infinity, its exact optimum: probability 0.
+// strongly convex in the weights with constant 1 / (C n), and the rarest class gives the biases, which bear no penalty, a
+// curvature of the order 1 / n; so |gradient|^2 max(C, 1) n / 2 estimates the distance from the least loss. It stops once
+// that is below `gap`, after 1000 iterations, or where rounding leaves no lower point. Two classes have a weight vector
+// each, so their C is half of what scikit-learn calls C for the same solution. A class without a row gets the bias -infinity, its exact optimum: probability 0.
 static inline LogisticFit logistic_fit(const double *x, const int *label, size_t n, size_t dim, int classes, double C, double gap, double *w) {
     enum { PAIRS = 10, ITERATIONS = 1000, BISECTIONS = 40 };
     size_t size = (size_t)classes * (dim + 1), bias = (size_t)classes * dim;
@@ -323,7 +324,7 @@ static inline LogisticFit logistic_fit(const double *x, const int *label, size_t
     int pairs = 0, newest = -1;
     for (;; fit.iterations++) {
         double squared = dot(gradient, gradient, size);
-        fit.gap = 0.5 * squared * C * (double)n;
+        fit.gap = 0.5 * squared * fmax(C, 1) * (double)n;
         fit.converged = fit.gap <= gap;
         if (fit.converged || fit.iterations == ITERATIONS) break;
         for (size_t j = 0; j < size; j++) direction[j] = -gradient[j];

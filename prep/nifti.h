@@ -4,15 +4,20 @@ voxels are ours, because niftilib accepts offsets and sizes that cannot be, and 
 
   NiftiHeader      the parts of a header that prep uses, in native byte order
   nifti_open       reads and checks a header: nothing is allocated from a size that the file cannot hold
+  nifti_volumes    how many volumes a file holds
   nifti_read       reads one volume of a file to a Volume
+  NIFTI_BUILT      0 where this build has no niftilib; the two functions above then refuse
 */
 #ifndef CURIA_NIFTI_H
 #define CURIA_NIFTI_H
 
 #include "volume.h"  // first: it includes dirent.h, whose DT_UNKNOWN must come before nifti1.h's
 
+#ifdef CURIA_NIFTI
 #include <nifti2_io.h>
 #include <zlib.h>
+
+enum { NIFTI_BUILT = 1 };
 
 typedef struct {
     nifti_2_header header;   // a NIfTI-1 header is widened to this
@@ -193,6 +198,14 @@ static inline int nifti_geometry(const NiftiHeader *h, Volume *v, char *reason, 
     return 0;
 }
 
+// How many volumes (dim[4]) the file at path holds, or -1 and *reason.
+static inline int64_t nifti_volumes(const char *path, char *reason, size_t size) {
+    NiftiHeader h;
+    gzFile file = nifti_open(path, &h, reason, size);
+    if (file) gzclose(file);
+    return file ? h.volumes : -1;
+}
+
 // Reads volume `number` (of dim[4]) of the file at path. Reads on to the file's end, so that gzip's checksum is checked.
 // 0 good, else -1 and *reason; *v is then to be dropped.
 static inline int nifti_read(const char *path, int64_t number, Volume *v, char *reason, size_t size) {
@@ -227,4 +240,19 @@ static inline int nifti_read(const char *path, int64_t number, Volume *v, char *
     return bad;
 }
 
+#else
+
+enum { NIFTI_BUILT = 0 };
+
+static inline int64_t nifti_volumes(const char *path, char *reason, size_t size) {
+    snprintf(reason, size, "%s is NIfTI, and this prep was built without niftilib", path);
+    return -1;
+}
+
+static inline int nifti_read(const char *path, int64_t number, Volume *v, char *reason, size_t size) {
+    (void)number, (void)v;
+    return (int)nifti_volumes(path, reason, size);
+}
+
+#endif
 #endif

@@ -1,0 +1,438 @@
+/*
+Tests of dataloader.h, prep/anatomy.h and prep/phantom.h. Prints a line for each failure, then `N passed, N failed`; exit status 1 if any failed.
+
+  gcc -std=gnu11 -O2 -I. dev/test/test_data.c -o test_data -lpthread -lm && ./test_data
+
+  test_order      epoch_index is a permutation, differs by seed and epoch, and mixes
+  test_weights    the proportions of a mixture are exact and each set walks its own epochs
+  test_shards     what is written is read; every flipped byte and every shorter length is refused
+  test_dataset    many shards in few mappings, lazily; identity; class names; prefetch finds a bad slice
+  test_writer     an unfinished or failing write leaves nothing
+  test_anatomy    box, centre, spread, statistics against values worked out by hand
+  test_phantom    the same seed gives the same bytes; patients of train and eval are apart
+*/
+#define DATASET_MAX_OPEN 8
+#include <signal.h>
+#include <sys/wait.h>
+
+#include "prep/phantom.h"
+
+static int passed, failed;
+static char folder[] = "/tmp/test_data.XXXXXX";
+
+__attribute__((format(printf, 2, 3))) static void check(int good, const char *format, ...) {
+    va_list args;
+    good ? passed++ : failed++;
+    if (good) return;
+    va_start(args, format);
+    printf("failed: ");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+}
+
+static const char *in_folder(const char *name) {
+    static char path[8][512];
+    static int next;
+    next = (next + 1) % 8;
+    snprintf(path[next], sizeof path[next], "%s/%s", folder, name);
+    return path[next];
+}
+
+// Runs `body` in a child; gives its exit status and, in text, what it wrote to stderr.
+static char text[4096];
+static int status_of(void (*body)(void *), void *argument) {
+    int pipe_ends[2], status;
+    if (pipe(pipe_ends)) return -1;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(pipe_ends[1], 2);
+        close(pipe_ends[0]);
+        body(argument);
+        _exit(0);
+    }
+    close(pipe_ends[1]);
+    ssize_t n = 0, got;
+    while ((got = read(pipe_ends[0], text + n, sizeof text - 1 - n)) > 0) n += got;
+    text[n] = 0;
+    close(pipe_ends[0]);
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+static int one_line(void) { return strlen(text) > 1 && strchr(text, '\n') == text + strlen(text) - 1; }
+
+static void test_order(void) {
+    uint64_t sizes[] = {1, 2, 3, 4, 5, 1000, 65536, 65537, (1 << 20) + 1};
+    for (int i = 0; i < (int)(sizeof sizes / sizeof *sizes); i++) {
+        uint64_t n = sizes[i], bad = 0, same_epoch = 0, same_seed = 0, in_place = 0;
+        uint8_t *seen = xmalloc(n, "a test");
+        for (uint64_t k = 0; k < n; k++) {
+            uint64_t at = epoch_index(7, 3, k, n);
+            bad += at >= n || seen[at]++;
+            same_epoch += at == epoch_index(7, 4, k, n);
+            same_seed += at == epoch_index(8, 3, k, n);
+            in_place += at == k;
+        }
+        check(!bad, "epoch_index over %llu is not a permutation: %llu positions clash", (unsigned long long)n, (unsigned long long)bad);
+        if (n >= 1000) check(same_epoch < 20 && same_seed < 20 && in_place < 20, "epoch_index over %llu repeats: %llu, %llu, %llu fixed points (1 expected)",
+                             (unsigned long long)n, (unsigned long long)same_epoch, (unsigned long long)same_seed, (unsigned long long)in_place);
+        free(seen);
+    }
+    // 4e8: the first 2^20 images differ pairwise, lie in range, and fill 64 bins evenly.
+    enum { N = 1 << 20 };
+    uint64_t count = 400000000, *value = xmalloc(N * sizeof *value, "a test"), bins[64] = {0}, bad = 0;
+    uint8_t *seen = xmalloc(count / 8 + 1, "a test");
+    for (uint64_t k = 0; k < N; k++) {
+        value[k] = epoch_index(1, 0, k, count);
+        bad += value[k] >= count || (seen[value[k] / 8] >> value[k] % 8 & 1);
+        seen[value[k] / 8] |= (uint8_t)(1 << value[k] % 8);
+        bins[value[k] * 64 / count]++;
+    }
+    double chi = 0, rising = 0;
+    for (int i = 0; i < 64; i++) chi += (bins[i] - N / 64.0) * (bins[i] - N / 64.0) / (N / 64.0);
+    for (int k = 1; k < N; k++) rising += value[k] > value[k - 1];
+    check(!bad, "epoch_index over 4e8: %llu of the first 2^20 clash or are out of range", (unsigned long long)bad);
+    check(chi < 120 && chi > 25, "epoch_index over 4e8: chi-square of 64 bins is %.1f, and 63 is expected", chi);
+    check(fabs(rising / N - 0.5) < 0.004, "epoch_index over 4e8: %.4f of the steps rise, and half is expected", rising / N);
+    free(value);
+    free(seen);
+    // Small counts must not favour an order: all 6 of 3, over seeds.
+    int orders[27] = {0}, least = 1 << 30;
+    for (uint64_t seed = 0; seed < 6000; seed++) orders[epoch_index(seed, 0, 0, 3) * 9 + epoch_index(seed, 0, 1, 3) * 3 + epoch_index(seed, 0, 2, 3)]++;
+    for (int i = 0; i < 27; i++) if (orders[i] && orders[i] < least) least = orders[i];
+    check(least > 700, "epoch_index over 3: one of the orders comes %d times in 6000, and 1000 is expected", least);
+}
+
+static ShardSlice example(int rows, int cols, int i) {
+    return (ShardSlice){.volume_id = 10 + i / 3, .patient_id = 5, .rows = rows, .cols = cols, .slice_number = i % 3, .volume_slices = 3, .spacing_row = 1, .spacing_col = 1.5f,
+                        .spacing_slice = 3, .scale = 0.5f, .intercept = -1, .modality = MODALITY_CT, .plane = PLANE_AXIAL, .box_bottom = rows, .box_right = cols,
+                        .centre_row = 1, .centre_col = 1, .spread_row = 1, .spread_col = 1, .label = i % 2, .target = NAN, .volume_std = 1, .volume_std_clipped = 1};
+}
+
+// A shard of n slices, the odd ones with a mask; pixel j of slice i is 100 i + j + first.
+static void write_shard(const char *path, int n, int first, const char *names) {
+    ShardWriter w;
+    shard_writer_open(&w, path);
+    for (int i = 0; i < n; i++) {
+        int rows = 3 + i % 2, cols = 5 + i % 3;
+        int16_t pixels[64];
+        uint8_t mask[64];
+        ShardSlice s = example(rows, cols, i);
+        for (int j = 0; j < rows * cols; j++) pixels[j] = (int16_t)(100 * i + j + first), mask[j] = (uint8_t)(j % 2);
+        shard_writer_add(&w, &s, pixels, i % 2 ? mask : NULL);
+    }
+    shard_writer_close(&w, names);
+}
+
+static uint8_t *read_all(const char *path, long *bytes) {
+    FILE *f = fopen(path, "rb");
+    fseek(f, 0, SEEK_END);
+    *bytes = ftell(f);
+    rewind(f);
+    uint8_t *data = malloc(*bytes);
+    if (fread(data, 1, *bytes, f) != (size_t)*bytes) exit(STATUS_FAILED);
+    fclose(f);
+    return data;
+}
+
+static void write_all(const char *path, const uint8_t *data, long bytes) {
+    FILE *f = fopen(path, "wb");
+    if (fwrite(data, 1, bytes, f) != (size_t)bytes || fclose(f)) exit(STATUS_FAILED);
+}
+
+static void use_shard(void *path) {
+    const char *paths[1] = {path};
+    Dataset *d = dataset_open(paths, 1);
+    for (uint64_t i = 0; i < dataset_count(d); i++) dataset_verify_slice(d, i);
+    dataset_close(d);
+}
+
+static void test_shards(void) {
+    const char *path = in_folder("one.shard"), *bad = in_folder("bad.shard");
+    char reason[256];
+    write_shard(path, 7, 0, "lung\nliver\n");
+    check(shard_check(path, reason, sizeof reason) == 0, "a fresh shard is refused: %s", reason);
+    Dataset *d = dataset_open(&path, 1);
+    check(dataset_count(d) == 7, "7 slices written, %llu read", (unsigned long long)dataset_count(d));
+    for (int i = 0; i < 7; i++) {
+        const int16_t *pixels;
+        const uint8_t *mask;
+        const ShardSlice *s = dataset_slice(d, i, &pixels, &mask);
+        ShardSlice e = example(3 + i % 2, 5 + i % 3, i);
+        e.pixel_offset = s->pixel_offset, e.mask_offset = s->mask_offset, e.checksum = s->checksum;
+        int same = memcmp(&e, s, sizeof e) == 0 && (uintptr_t)pixels % SHARD_ALIGN == 0 && (mask != NULL) == i % 2;
+        for (int j = 0; same && j < s->rows * s->cols; j++) same = pixels[j] == 100 * i + j && (!mask || mask[j] == j % 2);
+        check(same, "slice %d is not read as it was written", i);
+    }
+    char *name = dataset_class_name(d, 1);
+    check(name && !strcmp(name, "liver"), "class 1 is called %s", name ? name : "nothing");
+    check(!dataset_class_name(d, 2) && !dataset_class_name(d, -1), "a class that is not there has a name");
+    free(name);
+    dataset_close(d);
+    long bytes;
+    uint8_t *data = read_all(path, &bytes);
+    int missed = 0, misnamed = 0;
+    for (long i = 0; i < bytes; i++)
+        for (int bit = 1; bit < 256; bit <<= 3) {
+            data[i] ^= bit;
+            write_all(bad, data, bytes);
+            missed += shard_check(bad, reason, sizeof reason) == 0;
+            data[i] ^= bit;
+        }
+    check(missed == 0, "%d flipped bits of %ld bytes were not noticed", missed, bytes);
+    missed = 0;
+    for (long n = 0; n < bytes; n++) {
+        write_all(bad, data, n);
+        missed += shard_check(bad, reason, sizeof reason) == 0;
+    }
+    write_all(bad, data, bytes);
+    FILE *longer = fopen(bad, "ab");
+    fputc(0, longer);
+    fclose(longer);
+    check(missed == 0 && shard_check(bad, reason, sizeof reason), "%d of %ld shorter files, or a longer one, were taken", missed, bytes);
+    // The same through the dataset, in a child: status 3, one line, the file's name, never a crash.
+    missed = 0;
+    for (long i = 0; i < bytes; i += 5) {
+        data[i] ^= 0x41;
+        write_all(bad, data, bytes);
+        missed += status_of(use_shard, (void *)bad) != STATUS_DATA;
+        misnamed += !one_line() || !strstr(text, bad);
+        data[i] ^= 0x41;
+    }
+    check(missed == 0 && misnamed == 0, "through the dataset: %d flips not refused with status 3, %d without one line that names the file", missed, misnamed);
+    // Records that make no sense under checksums that are right.
+    const ShardHeader *h = (const ShardHeader *)data;
+    struct { size_t at; uint32_t value; const char *what; } wrongs[] = {
+        {offsetof(ShardSlice, rows), 0, "0 rows"}, {offsetof(ShardSlice, cols), 1 << 20, "a million columns"}, {offsetof(ShardSlice, rows), 0xffffffff, "-1 rows"},
+        {offsetof(ShardSlice, rows), 20000, "more rows than there are pixels"}, {offsetof(ShardSlice, scale), 0x7f800000, "an infinite scale"},
+        {offsetof(ShardSlice, scale), 0x7fc00000, "a scale that is NaN"}, {offsetof(ShardSlice, scale), 0, "a scale of 0"}, {offsetof(ShardSlice, pixel_offset), 1 << 30, "pixels outside"},
+        {offsetof(ShardSlice, mask_offset), 4, "a mask elsewhere"}, {offsetof(ShardSlice, box_right), 1000, "a box outside"}, {offsetof(ShardSlice, spread_row), 0, "no spread"},
+        {offsetof(ShardSlice, centre_col), 0x7fc00000, "a centre that is NaN"}, {offsetof(ShardSlice, spacing_row), 0x80000000, "a spacing of -0"},
+        {offsetof(ShardSlice, slice_number), 9, "slice 9 of 3"}, {offsetof(ShardSlice, volume_std), 0xbf800000, "a negative deviation"}};
+    for (int i = 0; i < (int)(sizeof wrongs / sizeof *wrongs); i++) {
+        uint8_t *copy = malloc(bytes);
+        memcpy(copy, data, bytes);
+        memcpy(copy + h->index_offset + wrongs[i].at, &wrongs[i].value, 4);
+        ShardHeader *g = (ShardHeader *)copy;
+        g->index_checksum = checksum(copy + g->index_offset, bytes - g->index_offset);
+        g->header_checksum = checksum(g, sizeof *g - 8);
+        write_all(bad, copy, bytes);
+        check(shard_check(bad, reason, sizeof reason) && strstr(reason, "slice 0"), "a record with %s is taken", wrongs[i].what);
+        free(copy);
+    }
+    struct { size_t at; uint64_t value; const char *what, *says; } headers[] = {
+        {offsetof(ShardHeader, version), 2 | (uint64_t)sizeof(ShardSlice) << 32, "version 2", "version 2"}, {offsetof(ShardHeader, slices), UINT64_MAX / 100, "too many slices", "outside"},
+        {offsetof(ShardHeader, index_offset), 0, "an index at 0", "outside"}, {offsetof(ShardHeader, index_offset), (uint64_t)1 << 62, "an index far away", "outside"},
+        {offsetof(ShardHeader, slices), 6, "a slice too few", "outside"}, {offsetof(ShardHeader, names_bytes), 1, "fewer names", "outside"}};
+    for (int i = 0; i < (int)(sizeof headers / sizeof *headers); i++) {
+        uint8_t *copy = malloc(bytes);
+        memcpy(copy, data, bytes);
+        memcpy(copy + headers[i].at, &headers[i].value, 8);
+        ShardHeader *g = (ShardHeader *)copy;
+        g->header_checksum = checksum(g, sizeof *g - 8);
+        write_all(bad, copy, bytes);
+        check(shard_check(bad, reason, sizeof reason) && strstr(reason, headers[i].says), "a header with %s: %s", headers[i].what, reason);
+        free(copy);
+    }
+    unlink(bad);
+    free(data);
+}
+
+static void open_nothing(void *path) { dataset_open((const char *const *)&path, 1); }
+static void ask_class(void *dataset) { dataset_class_name(dataset, 0); }
+static void wait_prefetch(void *dataset) {
+    Prefetch *p = prefetch_start(dataset);
+    uint64_t good[3] = {0, 1, 2}, bad[3] = {3, 4, 5};
+    prefetch_request(p, good, 3);
+    prefetch_wait(p);
+    prefetch_request(p, bad, 3);
+    fprintf(stderr, ".");
+    prefetch_wait(p);
+}
+
+static void test_dataset(void) {
+    char name[64];
+    mkdir(in_folder("many"), 0777);
+    mkdir(in_folder("empty"), 0777);
+    for (int i = 0; i < 40; i++) {
+        snprintf(name, sizeof name, "many/%02d.shard", i);
+        write_shard(in_folder(name), 3, 1000 + 300 * i, i < 39 ? "a\nb\n" : "a\nc\n");
+    }
+    const char *many = in_folder("many"), *two[2] = {in_folder("many/39.shard"), in_folder("many/00.shard")}, *other[2] = {two[1], two[0]};
+    Dataset *d = dataset_open(&many, 1);
+    check(dataset_count(d) == 120, "40 shards of 3 are %llu slices", (unsigned long long)dataset_count(d));
+    int open = 0, bad = 0;
+    for (int i = 0; i < 40; i++) open += d->shards[i].mapping != NULL;
+    check(open == 0, "%d shards are mapped before any is used", open);
+    for (int round = 0; round < 2000; round++) {
+        const int16_t *pixels[3];
+        uint64_t at[3];
+        for (int k = 0; k < 3; k++) dataset_slice(d, at[k] = epoch_index(1, 0, 3 * round + k, 6000) % 120, &pixels[k], NULL);
+        for (int k = 0; k < 3; k++) bad += pixels[k][4] != (int16_t)(1000 + 300 * (at[k] / 3) + 100 * (at[k] % 3) + 4);
+        for (int i = open = 0; i < 40; i++) open += d->shards[i].mapping != NULL;
+        bad += open > DATASET_MAX_OPEN;
+    }
+    check(bad == 0, "%d slices wrong, or more than %d shards open", bad, DATASET_MAX_OPEN);
+    check(status_of(ask_class, d) == STATUS_DATA && one_line(), "shards with different class names: %s", text);
+    Dataset *e = dataset_open(two, 2), *f = dataset_open(other, 2);
+    check(dataset_identity(e) != dataset_identity(f) && dataset_identity(e) != dataset_identity(d), "identity does not see the order of shards");
+    rename(two[0], in_folder("moved.shard"));
+    two[0] = in_folder("moved.shard");
+    Dataset *g = dataset_open(two, 2);
+    check(dataset_identity(e) == dataset_identity(g), "identity changes with a path");
+    // A flipped pixel in slice 4: the next batch fails, the one before does not.
+    long bytes;
+    uint8_t *data = read_all(in_folder("many/01.shard"), &bytes);
+    data[sizeof(ShardHeader) + 64 + 5] ^= 1;
+    write_all(in_folder("many/01.shard"), data, bytes);
+    free(data);
+    dataset_close(d);
+    rename(two[0], in_folder("many/39.shard"));
+    d = dataset_open(&many, 1);
+    check(status_of(wait_prefetch, d) == STATUS_DATA && text[0] == '.' && one_line() && strstr(text, "many/01.shard is damaged") && strstr(text, "slice 1"),
+          "prefetch of a flipped pixel says: %s", text);
+    Prefetch *p = prefetch_start(d);
+    uint64_t list[100];
+    for (int round = 0; round < 50; round++) {
+        for (int i = 0; i < 100; i++) list[i] = 6 + (round * 37 + i) % 114;
+        prefetch_request(p, list, 100);
+        for (int i = 0; i < 3; i++) dataset_slice(d, 6 + i, NULL, NULL);
+    }
+    prefetch_wait(p);
+    prefetch_stop(p);
+    check(status_of(open_nothing, (void *)in_folder("empty")) == STATUS_DATA && one_line() && strstr(text, "no *.shard"), "an empty folder: %s", text);
+    check(status_of(open_nothing, (void *)in_folder("absent")) == STATUS_DATA && one_line(), "an absent folder: %s", text);
+    dataset_close(d);
+    dataset_close(e);
+    dataset_close(f);
+    dataset_close(g);
+}
+
+static void bad_weights(void *dataset) { dataset_set_weights(dataset, (const double[]){1, -1, 1}, 3); }
+
+static void test_weights(void) {
+    const char *paths[3] = {in_folder("w0.shard"), in_folder("w1.shard"), in_folder("w2.shard")};
+    int counts[3] = {5, 7, 2};
+    for (int i = 0; i < 3; i++) write_shard(paths[i], counts[i], 0, NULL);
+    Dataset *d = dataset_open(paths, 3);
+    Sampler s = {.seed = 11};
+    int seen[14] = {0}, bad = 0;
+    for (uint64_t k = 0; k < 14 * 3; k++) seen[sampler_index(&s, d, k)]++;
+    for (int i = 0; i < 14; i++) bad += seen[i] != 3;
+    check(bad == 0, "without weights 3 epochs do not take every slice 3 times");
+    const double weights[3] = {0.5, 0.3, 0.2};
+    dataset_set_weights(d, weights, 3);
+    double drawn[3] = {0}, worst = 0;
+    int set_seen[14] = {0};
+    for (uint64_t k = 0; k < 100000; k++) {
+        uint64_t at = sampler_index(&s, d, k);
+        int set = at < 5 ? 0 : at < 12 ? 1 : 2;
+        drawn[set]++;
+        set_seen[at]++;
+        for (int i = 0; i < 3; i++) worst = fmax(worst, fabs(drawn[i] - weights[i] * (k + 1)));
+        // at each end of an epoch of a set, its slices have come equally often
+        if (drawn[set] == floor(drawn[set] / counts[set]) * counts[set])
+            for (int i = 0; i < 14; i++) if ((i < 5 ? 0 : i < 12 ? 1 : 2) == set) bad += set_seen[i] != drawn[set] / counts[set];
+    }
+    check(worst <= 2, "the counts of a mixture stray by %.2f from its weights", worst);
+    check(drawn[0] == 50000 && fabs(drawn[1] - 30000) <= 1 && fabs(drawn[2] - 20000) <= 1, "of 100000: %.0f, %.0f, %.0f", drawn[0], drawn[1], drawn[2]);
+    check(bad == 0, "a set of a mixture does not walk its own epochs");
+    const double zero[3] = {0, 2, 0};
+    dataset_set_weights(d, zero, 3);
+    for (uint64_t k = 0; k < 700; k++) bad += sampler_index(&s, d, k) < 5 || sampler_index(&s, d, k) >= 12;
+    check(bad == 0, "a set of weight 0 is drawn");
+    check(status_of(bad_weights, d) == STATUS_USAGE && one_line(), "a negative weight: %s", text);
+    dataset_close(d);
+}
+
+static void writer_fails(void *path) {
+    signal(SIGXFSZ, SIG_IGN);
+    struct rlimit limit = {20000, 20000};
+    setrlimit(RLIMIT_FSIZE, &limit);
+    write_shard(path, 500, 0, NULL);
+}
+
+static void test_writer(void) {
+    const char *path = in_folder("full.shard"), *partial = in_folder("full.shard.partial");
+    check(status_of(writer_fails, (void *)path) == STATUS_FAILED && one_line() && strstr(text, path), "a full disk says: %s", text);
+    check(access(path, F_OK) && access(partial, F_OK), "a full disk leaves a file");
+    ShardWriter w;
+    shard_writer_open(&w, path);
+    check(access(path, F_OK) && !access(partial, F_OK), "an unfinished shard is there under its own name");
+    fflush(w.file);
+    char reason[256];
+    check(shard_check(partial, reason, sizeof reason), "an unfinished shard is taken");
+    shard_writer_abort(&w);
+    check(access(path, F_OK) && access(partial, F_OK), "an abandoned shard leaves a file");
+}
+
+static void test_anatomy(void) {
+    enum { R = 40, C = 60 };
+    float v[R * C];
+    for (int i = 0; i < R * C; i++) v[i] = -1000;
+    for (int r = 10; r < 21; r++) for (int c = 20; c < 41; c++) v[r * C + c] = 50;      // a body of 11 x 21
+    for (int c = 0; c < C; c++) v[30 * C + c] = 100;                                    // a table one pixel thick
+    ShardSlice s;
+    double part = slice_anatomy(v, R, C, anatomy_threshold(v, R * C, MODALITY_CT), &s);
+    check(s.box_top == 10 && s.box_bottom == 21 && s.box_left == 20 && s.box_right == 41, "box %d %d %d %d", s.box_top, s.box_left, s.box_bottom, s.box_right);
+    check(fabs(s.centre_row - 15.5) < 1e-5 && fabs(s.centre_col - 30.5) < 1e-5, "centre %g %g", s.centre_row, s.centre_col);
+    check(fabs(s.spread_row - sqrt((9 * 9 - 1) / 12.0)) < 1e-5 && fabs(s.spread_col - sqrt((19 * 19 - 1) / 12.0)) < 1e-5, "spread %g %g", s.spread_row, s.spread_col);
+    check(fabs(part - (11 * 21 + 60) / 2400.0) < 1e-9, "foreground %g", part);
+    for (int i = 0; i < R * C; i++) v[i] = -1000;
+    slice_anatomy(v, R, C, -500, &s);
+    check(s.box_top == 0 && s.box_bottom == R && s.box_right == C && s.centre_row == 20, "an empty slice has a box");
+    Rng r = rng_at(1, RNG_TEST, 0, 0, 0);
+    for (int i = 0; i < R * C; i++) v[i] = (float)(fabs(10 * rng_normal(&r)) + (i % 3 ? 0 : 400 + 80 * rng_normal(&r)));
+    float t = anatomy_threshold(v, R * C, MODALITY_MR);
+    check(t > 40 && t < 200, "an MR threshold between noise of 10 and tissue of 400 is %g", t);
+    Moments m = {0};
+    const float x[5] = {-2000, -1000, 0, 1000, 3000};
+    moments_add(&m, x, 2, -1000);
+    moments_add(&m, x + 2, 3, -1000);
+    check(m.count == 5 && fabs(m.mean - 400) < 1e-9 && fabs(moments_std(&m) - sqrt(11200000 / 4.0)) < 1e-6, "mean %g, deviation %g", m.mean, moments_std(&m));
+}
+
+static void test_phantom(void) {
+    phantom_make(in_folder("pa"), 5, 2, 0);
+    phantom_make(in_folder("pb"), 5, 2, 0);
+    phantom_make(in_folder("pc"), 6, 2, 0);
+    phantom_make(in_folder("pd"), 5, 2, 2);
+    const char *paths[4] = {in_folder("pa"), in_folder("pb"), in_folder("pc"), in_folder("pd")};
+    Dataset *d[4];
+    for (int i = 0; i < 4; i++) d[i] = dataset_open(&paths[i], 1);
+    check(dataset_identity(d[0]) == dataset_identity(d[1]), "a phantom's bytes differ from run to run");
+    check(dataset_identity(d[0]) != dataset_identity(d[2]), "another seed gives the same phantom");
+    int shared = 0, bad = 0, classes[PHANTOM_REGIONS] = {0}, planes[PLANE_COUNT] = {0};
+    for (uint64_t i = 0; i < dataset_count(d[0]); i++) {
+        const ShardSlice *s = dataset_slice(d[0], i, NULL, NULL);
+        dataset_verify_slice(d[0], i);
+        classes[s->label]++;
+        planes[s->plane]++;
+        bad += s->box_bottom - s->box_top < 8 || s->volume_std < 1;
+        for (uint64_t j = 0; j < dataset_count(d[3]); j++) shared += dataset_slice(d[3], j, NULL, NULL)->patient_id == s->patient_id;
+    }
+    for (int c = 0; c < PHANTOM_REGIONS; c++) bad += classes[c] < 8;
+    check(!shared && !bad && planes[PLANE_AXIAL] && planes[PLANE_CORONAL] + planes[PLANE_SAGITTAL], "phantom: %d shared patients, %d odd slices or classes", shared, bad);
+    char *name = dataset_class_name(d[0], REGION_PELVIS);
+    check(name && !strcmp(name, "pelvis"), "class 4 is called %s", name ? name : "nothing");
+    free(name);
+    for (int i = 0; i < 4; i++) dataset_close(d[i]);
+}
+
+int main(void) {
+    if (!mkdtemp(folder)) fail(STATUS_FAILED, "cannot make a folder in /tmp: %s", strerror(errno));
+    test_order();
+    test_shards();
+    test_dataset();
+    test_weights();
+    test_writer();
+    test_anatomy();
+    test_phantom();
+    char command[600];
+    snprintf(command, sizeof command, "rm -rf '%s'", folder);
+    if (system(command)) printf("%s could not be removed\n", folder);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
