@@ -440,9 +440,8 @@ static inline Shard *dataset_map(Dataset *d, uint64_t i, const char **at, char *
             if (d->calls - d->shards[oldest].last_use >= DATASET_MAX_OPEN / 2) {
                 shard_unmap(&d->shards[oldest]);
                 d->open_count--;
-            } else {
-                d->open_next = (d->open_next + 1) % DATASET_MAX_OPEN;   // in use: it goes to the end of the ring
             }
+            d->open_next = (d->open_next + 1) % DATASET_MAX_OPEN;   // one in use thereby goes to the end of the full ring
         }
         uint64_t before = shard->header_checksum;
         bad = shard_map(shard, reason, n);

@@ -326,8 +326,381 @@ static void golden(const Backend *backend, const char *path) {
     safetensors_close(f);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Finite differences: every tensor's gradient in fp64
+
+enum { SAMPLED = 10 };      // elements of each tensor that are moved alone; one more difference moves all of it
+
+typedef struct { const char *name; const char *sets[16]; } Case;
+
+// Small shapes with no two sizes alike. lr 0 and momentum 1: a step leaves the parameters as they are.
+static const char *const small_model[] = {
+    "model.dim=16", "model.heads=2", "model.depth=2", "model.patch=4", "model.ffn_hidden=24", "model.layerscale=0.7", "model.pos_grid=5",
+    "crops.global_size=16", "crops.local_size=8", "crops.local_count=3", "dino.prototypes=11", "dino.bottleneck=7", "dino.hidden=9",
+    "ibot.prototypes=13", "ibot.bottleneck=5", "ibot.hidden=10", "sigreg.slices=6", "sigreg.weight=0", "optim.batch_size=3", "optim.lr=0", "optim.lr_min=0",
+    "teacher.momentum=1", "optim.scaling=none", "student.temp=0.3", "teacher.temp=0.2", "teacher.warmup_temp=0.2"};
+
+static const Case gradient_cases[] = {
+    {"dino", {"ibot.weight=0"}},
+    {"ibot", {"dino.weight=0"}},
+    {"ibot, separate head of two layers", {"dino.weight=0", "ibot.separate_head=1", "ibot.layers=2"}},
+    {"koleo", {"dino.weight=0", "ibot.weight=0", "koleo.weight=0.8"}},
+    {"sigreg, bottleneck", {"dino.weight=0", "ibot.weight=0", "sigreg.weight=0.9"}},
+    {"sigreg, class tokens, one-sided grid, times n", {"dino.weight=0", "ibot.weight=0", "sigreg.weight=0.9", "sigreg.on=cls", "sigreg.t_min=0", "sigreg.t_max=3", "sigreg.scale_by_n=1"}},
+    {"gram", {"dino.weight=0", "ibot.weight=0", "gram.weight=1.3"}},
+    {"swiglu, drop path", {"model.ffn=swiglu", "model.drop_path=0.4", "sigreg.weight=0.1"}},
+    {"registers, antialiased positions, head of one layer", {"model.registers=3", "model.interpolate=antialias", "dino.layers=1", "koleo.weight=0.1"}},
+    {"two channels, softmax centering, positions at the crop's grid", {"model.channels=2", "teacher.centering=softmax", "model.pos_grid=4", "model.interpolate=size"}},
+    {"everything", {"model.ffn=swiglu", "model.registers=2", "model.drop_path=0.3", "ibot.separate_head=1", "koleo.weight=0.2", "sigreg.weight=0.3", "gram.weight=0.5"}},
+};
+
+static Config case_config(const Case *k) {
+    Config c = config_default();
+    char key[128];
+    for (size_t i = 0; i < sizeof small_model / sizeof *small_model + sizeof k->sets / sizeof *k->sets; i++) {
+        const char *set = i < sizeof small_model / sizeof *small_model ? small_model[i] : k->sets[i - sizeof small_model / sizeof *small_model];
+        if (!set) break;
+        snprintf(key, sizeof key, "%.*s", (int)strcspn(set, "="), set);
+        config_set(&c, key, strchr(set, '=') + 1, k->name);
+    }
+    config_validate(&c, k->name);
+    return c;
+}
+
+// A batch of random pixels, masks, directions, Gram targets and drop-path subsets.
+typedef struct { Batch b; float *global, *local, *directions, *gram; uint8_t *mask; int *drop[2][2]; } RandomBatch;
+
+static float *random_floats(Rng *r, size_t n) {
+    float *x = xmalloc(n * sizeof *x, "a test");
+    for (size_t i = 0; i < n; i++) x[i] = (float)rng_normal(r);
+    return x;
+}
+
+static RandomBatch random_batch(const Config *c, uint64_t seed) {
+    RandomBatch x = {0};
+    Rng r = rng_at(seed, RNG_TEST, 0, 0, 0);
+    int B = (int)c->optim_batch_size, G = (int)c->crops_global_size, l = (int)c->crops_local_size, N = G / (int)c->model_patch * (G / (int)c->model_patch);
+    x.b.samples = B;
+    x.b.globals = 2 * B;
+    x.b.locals = (int)c->crops_local_count * B;
+    x.b.global_size = G;
+    x.b.local_size = l;
+    x.b.global_pixels = x.global = random_floats(&r, (size_t)x.b.globals * c->model_channels * G * G);
+    x.b.local_pixels = x.local = random_floats(&r, (size_t)x.b.locals * c->model_channels * l * l);
+    x.b.gram_target = x.gram = random_floats(&r, (size_t)x.b.globals * N * c->model_dim);
+    size_t width = c->sigreg_on == SIGREG_CLS ? c->model_dim : c->dino_bottleneck;
+    x.b.directions = x.directions = random_floats(&r, c->sigreg_slices * width);
+    x.b.mask = x.mask = xmalloc((size_t)x.b.globals * N, "a test");
+    for (int i = 0; i < x.b.globals * N; i++) x.mask[i] = i / N % 2 == 0 && rng_uniform(&r) < 0.4;
+    int *scratch = xmalloc((size_t)(x.b.globals + x.b.locals) * sizeof(int), "a test");
+    for (int g = 0; g < 2 && c->model_drop_path > 0; g++)
+        for (int branch = 0; branch < 2; branch++) {
+            int n = g ? x.b.locals : x.b.globals;
+            x.b.kept[g] = (int)(n * (1 - c->model_drop_path));
+            x.b.drop[g][branch] = x.drop[g][branch] = xmalloc((size_t)c->model_depth * x.b.kept[g] * sizeof(int), "a test");
+            for (int i = 0; i < c->model_depth; i++) rng_subset(&r, n, x.b.kept[g], x.drop[g][branch] + i * x.b.kept[g], scratch);
+        }
+    free(scratch);
+    x.b.schedule = schedule_at(c, 0);
+    return x;
+}
+
+static void random_batch_free(RandomBatch *x) {
+    void *all[] = {x->global, x->local, x->directions, x->gram, x->mask, x->drop[0][0], x->drop[0][1], x->drop[1][0], x->drop[1][1]};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+// Student and teacher weights large enough that every gradient is far above rounding.
+static void random_weights(const Backend *backend, Model *m, const TensorTable *t, uint64_t seed) {
+    static const char *const prefixes[] = {"student.", "teacher."};
+    char name[128];
+    for (int p = 0; p < 2; p++)
+        for (int i = 0; i < t->count; i++) {
+            Rng r = rng_at(seed, RNG_TEST, 1, (uint64_t)p, (uint32_t)i);
+            double *x = xmalloc(t->tensors[i].size * sizeof *x, "a test");
+            for (size_t k = 0; k < t->tensors[i].size; k++) x[k] = (t->tensors[i].init == INIT_ONE || t->tensors[i].init == INIT_CONSTANT ? 1 : 0) + 0.3 * rng_normal(&r);
+            snprintf(name, sizeof name, "%s%s", prefixes[p], t->tensors[i].name);
+            backend->write(m, name, DTYPE_F64, x);
+            free(x);
+        }
+}
+
+static double loss_at(const Backend *backend, Model *m, const char *name, const double *x, const Batch *b, const double *centers[2]) {
+    StepResult r;
+    backend->write(m, name, DTYPE_F64, x);
+    backend->write(m, "center.dino", DTYPE_F64, centers[0]);
+    backend->write(m, "center.ibot", DTYPE_F64, centers[1]);
+    backend->step(m, b, &r);
+    return r.loss;
+}
+
+// Derivative along `direction` by the five-point rule: error h^4.
+static double difference(const Backend *backend, Model *m, const char *name, const double *x, double *moved, const double *direction, size_t n, const Batch *b, const double *centers[2]) {
+    static const double h = 5e-4, steps[4] = {1, -1, 2, -2}, weights[4] = {8, -8, -1, 1};
+    double sum = 0;
+    for (int s = 0; s < 4; s++) {
+        for (size_t k = 0; k < n; k++) moved[k] = x[k] + steps[s] * h * direction[k];
+        sum += weights[s] * loss_at(backend, m, name, moved, b, centers);
+    }
+    return sum / (12 * h);
+}
+
+static void test_gradients(const Backend *backend, const Case *k) {
+    Config c = case_config(k);
+    TensorTable t = tensors_build(&c, 1);
+    Model *m = backend->create(&c, &t, 1);
+    random_weights(backend, m, &t, 11);
+    RandomBatch batch = random_batch(&c, 12);
+    double *centers[2];
+    Rng r = rng_at(13, RNG_TEST, 0, 0, 0);
+    for (int i = 0; i < 2; i++) {
+        size_t n = backend->read(m, i ? "center.ibot" : "center.dino", DTYPE_F64, NULL);
+        centers[i] = xmalloc(n * sizeof(double), "a test");
+        for (size_t j = 0; j < n; j++) centers[i][j] = rng_normal(&r);
+    }
+    const double *const_centers[2] = {centers[0], centers[1]};
+    double query_norm = 0;
+    for (int i = 0; i < t.count; i++) {
+        size_t n = t.tensors[i].size;
+        char name[128], grad[128], label[256];
+        snprintf(name, sizeof name, "student.%s", t.tensors[i].name);
+        snprintf(grad, sizeof grad, "grad.%s", t.tensors[i].name);
+        double *x = xmalloc(n * sizeof *x, name), *g = xmalloc(n * sizeof *g, name), *direction = xmalloc(n * sizeof *direction, name), *moved = xmalloc(n * sizeof *moved, name);
+        double by_difference[SAMPLED + 1], by_backward[SAMPLED + 1];
+        backend->read(m, name, DTYPE_F64, x);
+        loss_at(backend, m, name, x, &batch.b, const_centers);
+        backend->read(m, grad, DTYPE_F64, g);
+        int samples = n < SAMPLED ? (int)n : SAMPLED;
+        for (int s = 0; s <= samples; s++) {
+            // one element alone; last, all of them at once along a random unit vector
+            memset(direction, 0, n * sizeof *direction);
+            double square = 0;
+            if (s < samples) direction[n <= SAMPLED ? (size_t)s : rng_below(&r, n)] = 1;
+            else for (size_t j = 0; j < n; j++) direction[j] = rng_normal(&r), square += direction[j] * direction[j];
+            for (size_t j = 0; s == samples && j < n; j++) direction[j] /= sqrt(square);
+            by_backward[s] = 0;
+            for (size_t j = 0; j < n; j++) by_backward[s] += g[j] * direction[j];
+            by_difference[s] = difference(backend, m, name, x, moved, direction, n, &batch.b, const_centers);
+        }
+        backend->write(m, name, DTYPE_F64, x);
+        // A gradient that is zero in exact arithmetic is held against its neighbour's: key biases against query biases.
+        if (strstr(name, "query.bias")) query_norm = norm(by_difference, (size_t)samples + 1);
+        double scale = norm(by_difference, (size_t)samples + 1);
+        if (strstr(name, "key.bias")) scale = query_norm;
+        if (scale < 1e-7) scale = 1;        // not reached by this case's losses
+        snprintf(label, sizeof label, "%s: %s", k->name, grad);
+        check(label, relative_error(by_backward, by_difference, (size_t)samples + 1, scale), 1e-6);
+        free(x);
+        free(g);
+        free(direction);
+        free(moved);
+    }
+    for (int i = 0; i < 2; i++) free(centers[i]);
+    random_batch_free(&batch);
+    backend->destroy(m);
+    free(t.tensors);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Invariances and known answers
+
+// Two steps with one thread and with three: every tensor equal to the bit.
+static void test_threads(const Backend *backend) {
+#ifdef _OPENMP
+    static const Case k = {"threads", {"model.dim=128", "model.ffn=swiglu", "model.ffn_hidden=344", "model.drop_path=0.3", "dino.prototypes=300", "ibot.separate_head=1",
+                                       "koleo.weight=0.1", "sigreg.weight=0.1", "gram.weight=0.2", "optim.lr=0.01", "teacher.momentum=0.9", "optim.batch_size=5"}};
+    Config c = case_config(&k);
+    TensorTable t = tensors_build(&c, 1);
+    RandomBatch batch = random_batch(&c, 3);
+    float *result[2];
+    int most = omp_get_max_threads();
+    for (int run = 0; run < 2; run++) {
+        omp_set_num_threads(run ? 3 : 1);
+        Model *m = backend->create(&c, &t, 1);
+        random_weights(backend, m, &t, 4);
+        StepResult r;
+        for (int step = 0; step < 2; step++) {
+            batch.b.step = step;
+            backend->step(m, &batch.b, &r);
+        }
+        result[run] = xmalloc(3 * t.size * sizeof(float), "a test");
+        static const char *const prefixes[] = {"student.", "teacher.", "grad."};
+        for (int p = 0; p < 3; p++)
+            for (int i = 0; i < t.count; i++) {
+                char name[128];
+                snprintf(name, sizeof name, "%s%s", prefixes[p], t.tensors[i].name);
+                backend->read(m, name, DTYPE_F32, result[run] + p * t.size + t.tensors[i].offset);
+            }
+        backend->destroy(m);
+    }
+    omp_set_num_threads(most);
+    size_t different = 0;
+    for (size_t i = 0; i < 3 * t.size; i++) different += memcmp(&result[0][i], &result[1][i], sizeof(float)) != 0;
+    check("one thread and three: values that differ", (double)different, 0);
+    free(result[0]);
+    free(result[1]);
+    random_batch_free(&batch);
+    free(t.tensors);
+#else
+    (void)backend;
+#endif
+}
+
+// Products of shapes that leave tails in every blocking dimension, against the definition.
+static void test_gemm(void) {
+    static const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {14, 32, 256}, {15, 33, 257}, {197, 64, 197}, {230, 1100, 300}, {1, 2000, 513}};
+    double worst = 0;
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        int m = shapes[s][0], n = shapes[s][1], k = shapes[s][2];
+        Rng r = rng_at(s, RNG_TEST, 2, 0, 0);
+        float *a = random_floats(&r, (size_t)m * k), *b = random_floats(&r, (size_t)k * n), *start = random_floats(&r, (size_t)m * n);
+        for (int variant = 0; variant < 8; variant++) {
+            int at = variant & 1, bt = variant >> 1 & 1, add = variant >> 2;
+            real *x = xmalloc((size_t)m * k * sizeof(real), "a"), *y = xmalloc((size_t)k * n * sizeof(real), "b"), *c = xmalloc((size_t)m * n * sizeof(real), "c");
+            for (int i = 0; i < m * k; i++) x[i] = a[i];
+            for (int i = 0; i < k * n; i++) y[i] = b[i];
+            for (int i = 0; i < m * n; i++) c[i] = start[i];
+            gemm(m, n, k, x, at ? 1 : k, at ? m : 1, y, bt ? 1 : n, bt ? k : 1, c, n, add);
+            double error = 0, size = 0;
+            for (int i = 0; i < m; i++)
+                for (int j = 0; j < n; j++) {
+                    double sum = add ? start[i * n + j] : 0;
+                    for (int p = 0; p < k; p++) sum += (double)(at ? a[p * m + i] : a[i * k + p]) * (bt ? b[j * k + p] : b[p * n + j]);
+                    error += (sum - c[i * n + j]) * (sum - c[i * n + j]);
+                    size += sum * sum;
+                }
+            worst = fmax(worst, sqrt(error / size));
+            free(x);
+            free(y);
+            free(c);
+        }
+        free(a);
+        free(b);
+        free(start);
+    }
+    check("matrix multiply: odd shapes, transposes, accumulation", worst, 1e-6);
+}
+
+// exp, erf and GELU's slope over their ranges against the C library in double.
+static void test_vecmath(void) {
+    double worst_exp = 0, worst_erf = 0, worst_slope = 0;
+    for (int i = -860000; i <= 860000; i++) {
+        float x = (float)(i * 1e-4), e = real_exp(x), z = (float)(i * 1e-5);
+        worst_exp = fmax(worst_exp, fabs(e / exp((double)x) - 1));
+        worst_erf = fmax(worst_erf, fabs(real_erf(z) - erf((double)z)));
+        double slope = 0.5 * erfc(-(double)z * sqrt(0.5)) + z * exp(-0.5 * z * z) / sqrt(2 * acos(-1));
+        worst_slope = fmax(worst_slope, fabs(gelu_slope(z) - slope));
+    }
+    check("exp: relative error on [-86, 86]", worst_exp, 3e-7);
+    check("erf: absolute error", worst_erf, 3e-7);
+    check("gelu's slope: absolute error", worst_slope, 6e-7);
+}
+
+// <R x, y> = <x, R^T y> for every mode, up and down.
+static void test_resize_adjoint(void) {
+    double worst = 0;
+    for (int mode = 0; mode < 3; mode++)
+        for (int out = 2; out <= 21; out++) {
+            enum { IN = 9, D = 3 };
+            Resize r = resize_plan(IN, out, mode);
+            real x[IN * IN * D], dx[IN * IN * D] = {0}, y[21 * 21 * D], dy[21 * 21 * D], scratch[IN * 21 * D];
+            Rng rng = rng_at((uint64_t)out, RNG_TEST, 3, (uint64_t)mode, 0);
+            for (int i = 0; i < IN * IN * D; i++) x[i] = (real)rng_normal(&rng);
+            for (int i = 0; i < out * out * D; i++) dy[i] = (real)rng_normal(&rng);
+            resize_image(&r, &r, D, x, y, scratch);
+            resize_image_adjoint(&r, &r, D, dy, dx, scratch);
+            double left = 0, right = 0, size = 0;
+            for (int i = 0; i < out * out * D; i++) left += (double)y[i] * dy[i], size += fabs((double)y[i] * dy[i]);
+            for (int i = 0; i < IN * IN * D; i++) right += (double)x[i] * dx[i];
+            worst = fmax(worst, fabs(left - right) / size);
+            resize_free(&r);
+        }
+    check("resize: the adjoint is the transpose", worst, 1e-6);
+}
+
+static void test_tables(void) {
+    Config c = config_default();
+    static const char *const sets[][2] = {{"model.dim", "768"}, {"model.heads", "12"}, {"model.ffn", "swiglu"}, {"crops.global_size", "512"}};
+    for (int i = 0; i < 4; i++) config_set(&c, sets[i][0], sets[i][1], "a test");
+    config_validate(&c, "a test");
+    TensorTable t = tensors_build(&c, 0);
+    check("ViT-B/16, one channel, SwiGLU, 512 px: parameters beyond 86,072,832", fabs((double)t.size - 86072832), 0);
+    free(t.tensors);
+    c = config_default();
+    config_set(&c, "optim.batch_size", "1024", "a test");
+    config_set(&c, "optim.warmup_steps", "12500", "a test");
+    double base = 4e-3;
+    struct { long long step; double lr; } known[] = {{0, 0}, {1, 3.20026e-7}, {12499, base}, {12500, base}, {124999, 1.0000008e-6}};
+    double worst = 0;
+    for (int i = 0; i < 5; i++) worst = fmax(worst, fabs(schedule_at(&c, known[i].step).lr - known[i].lr) / base);
+    check("learning rate at known steps", worst, 1e-9);
+    check("momentum half way", fabs(schedule_at(&c, 62500).momentum - 0.996), 1e-12);
+    check("weight decay half way", fabs(schedule_at(&c, 62500).weight_decay - 0.22), 1e-12);
+}
+
+// Raw slices to views: a crop at its own size is the slice, z-scored; a flip mirrors it; statistics are the slice's.
+static void test_pixels(const Backend *backend) {
+    enum { ROWS = 20, COLS = 24, SIZE = 8, TOP = 5, LEFT = 9 };
+    static const Case k = {"pixels", {"crops.global_size=8", "model.channels=2"}};
+    Config c = case_config(&k);
+    TensorTable t = tensors_build(&c, 0);
+    Model *m = backend->create(&c, &t, 0);
+    int16_t pixels[ROWS * COLS];
+    Rng r = rng_at(1, RNG_TEST, 4, 0, 0);
+    double mean = 0, square = 0, value[ROWS * COLS];
+    for (int i = 0; i < ROWS * COLS; i++) {
+        pixels[i] = (int16_t)(rng_below(&r, 3000) - 1500);
+        value[i] = fmax(0.5 * pixels[i] - 300, -1000);
+        mean += value[i] / (ROWS * COLS);
+    }
+    for (int i = 0; i < ROWS * COLS; i++) square += (value[i] - mean) * (value[i] - mean);
+    double std = sqrt(square / (ROWS * COLS - 1)), worst = 0;
+    Slice s = {pixels, ROWS, COLS, 0.5, -300, 0, 1};
+    View views[2] = {{0, TOP, LEFT, SIZE, SIZE, 0, 1, 1, 0, 0}, {0, TOP, LEFT, SIZE, SIZE, 1, 1, 1.5, 0.25, 0}};
+    Batch b = {.samples = 1, .globals = 2, .global_size = SIZE, .slices = &s, .views = views};
+    float out[2][2][SIZE][SIZE];
+    backend->pixels(m, &b, &out[0][0][0][0], NULL);
+    for (int y = 0; y < SIZE; y++)
+        for (int x = 0; x < SIZE; x++)
+            for (int ch = 0; ch < 2; ch++) {
+                double z = (value[(TOP + y) * COLS + LEFT + x] - mean) / std;
+                worst = fmax(worst, fabs(out[0][ch][y][x] - z));
+                worst = fmax(worst, fabs(out[1][ch][y][SIZE - 1 - x] - (1.5 * z + 0.25)));
+            }
+    check("pixels: crop, clip below air, z-score, contrast, brightness, flip, channels", worst, 2e-6);
+    backend->destroy(m);
+    free(t.tensors);
+}
+
 int main(int argc, char **argv) {
-    for (int i = 1; i < argc; i++) if (argv[i][0] != '-') golden(&cpu_backend, argv[i]);
+    static const struct option options[] = {{"golden", 1, 0, 'g'}, {"device", 1, 0, 'd'}, {"help", 0, 0, 'h'}, {0}};
+    const char *files[1024];
+    int count = 0;
+    for (int k; (k = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        if (k == '?') return STATUS_USAGE;
+        if (k == 'h') {
+            printf("usage: test_curia [--golden FILE]... [--device cpu]\n"
+                   "  --golden FILE   a golden file, or a hf_* folder with expected.safetensors; without it, the built-in tests\n");
+            return STATUS_DONE;
+        }
+        if (k == 'g' && count == 1024) fail(STATUS_USAGE, "more than 1024 --golden files");
+        if (k == 'g') files[count++] = optarg;
+        if (k == 'd' && strcmp(optarg, "cpu")) fail(STATUS_USAGE, "--device %s: this program was built with the CPU backend only", optarg);
+    }
+    if (optind < argc) fail(STATUS_USAGE, "unexpected argument '%s'; golden files are named by --golden FILE", argv[optind]);
+    for (int i = 0; i < count; i++) golden(&cpu_backend, files[i]);
+    if (!count) {
+        test_gemm();
+        test_vecmath();
+        test_resize_adjoint();
+        test_tables();
+        test_pixels(&cpu_backend);
+        test_threads(&cpu_backend);
+#ifdef _OPENMP
+        omp_set_num_threads(1);         // the cases are too small to share
+#endif
+        for (size_t i = 0; i < sizeof gradient_cases / sizeof *gradient_cases; i++) test_gradients(&cpu_backend_fp64, &gradient_cases[i]);
+    }
     printf("%d passed, %d failed\n", passed, failed);
     return failed ? STATUS_FAILED : STATUS_DONE;
 }

@@ -105,6 +105,7 @@ static Options parse_options(int argc, char **argv) {
         {"info", 0, 0, OPTION_INFO}, {"verify", 0, 0, OPTION_VERIFY}, {0}};
     static const char *const modalities[] = {"auto", "ct", "mr"}, *const planes[] = {"axial", "coronal", "sagittal", "native", "all"}, *const fourd[] = {"first", "mid", "all"};
     Options o = {.planes = PLANES_NATIVE, .seed = 1337, .patients = 60, .shard_bytes = (uint64_t)512 << 20, .salt = {0x63757269612e6331, 0x7075626c69632073}};
+    opterr = 0;
     for (int c; (c = getopt_long(argc, argv, "o:h", table, NULL)) != -1;) {
         switch (c) {
             case 'o': o.out = optarg; break;
@@ -126,7 +127,7 @@ static Options parse_options(int argc, char **argv) {
                 if (o.patient_from == PATIENT_REGEX && (strncmp(optarg, "regex:", 6) || regcomp(&o.patient_regex, optarg + 6, REG_EXTENDED)))
                     fail(STATUS_USAGE, "--patient-from %s: give folder, file, or regex: and a POSIX extended regular expression", optarg);
                 break;
-            default: fail(STATUS_USAGE, "the command line is not right; see ./prep/prep --help");
+            default: fail(STATUS_USAGE, "%s: no such option, or its value is missing; see ./prep/prep --help", argv[optind - 1]);
         }
     }
     int inputs = argc - optind;

@@ -263,7 +263,7 @@ static void test_linear_probe(void) {
     LinearProbe probe = linear_probe(x, DIM, train, n_train, test, n_test, label, rank, 6, K, scores);
     argmax_rows(scores, n_test, K, predicted);
     check(probe.fit.converged && probe.validation == 1 && accuracy(predicted, truth, n_test) == 1, "a separable problem: validation %g, accuracy %g", probe.validation, accuracy(predicted, truth, n_test));
-    for (size_t i = 0; i < N; i++) x[i * DIM] = -5;
+    for (size_t i = 0; i < N; i++) x[i * DIM] = rank[i] < 6 ? -5 : (float)i;
     double other[N * K];
     linear_probe(x, DIM, train, n_train, test, n_test, label, rank, 6, K, other);
     check(!memcmp(scores, other, n_test * K * sizeof *scores), "a column that is constant over the training rows is left out");

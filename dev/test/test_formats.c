@@ -235,6 +235,10 @@ static void child_json_read(const char *path) { json_free(json_read(path)); }
 static void child_create(const char *path) { file_create(path); }
 static void child_make_dirs(const char *path) { file_make_dirs(path); }
 static void child_sync(const char *path) { file_sync_dir(path); }
+static void child_join(const char *name) {
+    char path[PATH_SIZE];
+    path_join(path, "dir", name);
+}
 static void child_full(const char *path) {
     FILE *f = file_create(path);
     fprintf(f, "unchecked");
@@ -253,6 +257,13 @@ static void test_file(void) {
         check(bytes == n && !memcmp(text, big, n) && text[n] == 0, "file: %zu bytes", n);
         free(text);
     }
+    char path[PATH_SIZE], name[PATH_SIZE];
+    check(!strcmp(path_join(path, "dir", "name"), "dir/name"), "file: path_join");
+    memset(name, 'x', sizeof name);
+    name[PATH_SIZE - 5] = 0;
+    check(strlen(path_join(path, "dir", name)) == PATH_SIZE - 1, "file: the longest path");
+    memcpy(name + PATH_SIZE - 5, "x", 2);
+    check_fails("file: path_join", child_join, name, STATUS_FAILED, "dir...: the path is too long", "");
     file_make_dirs(in_folder("a/b//c/"));
     file_make_dirs(in_folder("a/b/c"));
     check(file_exists(in_folder("a/b/c")), "file: folders");
