@@ -13,7 +13,8 @@ compiles = $(shell printf '%s\n' $(1) | $(CC) $(2) -x c - -o /dev/null $(3) 2>/d
 ifeq ($(call compiles,'int main(void){return 0;}',-fopenmp),yes)
 OPENMP := -fopenmp
 endif
-ifeq ($(call compiles,'#include <nifti/nifti2_io.h>' 'int main(void){return 0;}',,-lnifti2 -lznz -lz -lm),yes)
+HASH := \#
+ifeq ($(call compiles,'$(HASH)include <nifti2_io.h>' 'int main(void){return 0;}',-I/usr/include/nifti,-lnifti2 -lznz -lz -lm),yes)
 NIFTI := -DCURIA_NIFTI -I/usr/include/nifti
 NIFTI_LIBS := -lnifti2 -lznz -lz
 endif

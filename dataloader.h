@@ -92,7 +92,8 @@ static inline uint64_t shard_slice_bytes(const ShardSlice *s) {
 
 // NULL where every field of the record makes sense, else what does not. Offsets are checked by shard_map.
 static inline const char *shard_slice_reason(const ShardSlice *s) {
-    if (s->rows < 1 || s->cols < 1 || s->rows > SHARD_MAX_SIDE || s->cols > SHARD_MAX_SIDE) return "its rows or columns are out of 1..32768";
+    if (s->rows < 1 || s->cols < 1 || s->rows > SHARD_MAX_SIDE || s->cols > SHARD_MAX_SIDE)
+        return "its rows or columns are out of 1..32768";
     if (s->slice_number < 0 || s->slice_number >= s->volume_slices) return "its slice number is outside its volume";
     if (!(s->spacing_row > 0 && s->spacing_col > 0 && s->spacing_slice > 0) ||
         !isfinite(s->spacing_row + s->spacing_col + s->spacing_slice)) return "its spacing is not a positive number";
@@ -101,7 +102,8 @@ static inline const char *shard_slice_reason(const ShardSlice *s) {
     if (s->box_top < 0 || s->box_left < 0 || s->box_top >= s->box_bottom || s->box_left >= s->box_right ||
         s->box_bottom > s->rows || s->box_right > s->cols) return "its body box is outside the slice";
     if (!(s->centre_row >= 0 && s->centre_row <= s->rows && s->centre_col >= 0 && s->centre_col <= s->cols) ||
-        !(s->spread_row > 0 && s->spread_row <= s->rows && s->spread_col > 0 && s->spread_col <= s->cols)) return "its anatomy centre or spread is outside the slice";
+        !(s->spread_row > 0 && s->spread_row <= s->rows && s->spread_col > 0 && s->spread_col <= s->cols))
+        return "its anatomy centre or spread is outside the slice";
     if (s->label < -1 || isinf(s->target)) return "its label or target is not usable";
     if (!isfinite(s->volume_mean) || !isfinite(s->volume_mean_clipped) || !(s->volume_std >= 0) || !(s->volume_std_clipped >= 0) ||
         !isfinite(s->volume_std) || !isfinite(s->volume_std_clipped)) return "its volume statistics are not numbers";
@@ -251,8 +253,9 @@ static inline int shard_read_header(Shard *shard, ShardHeader *h, int *file, cha
         return -1;
     }
     uint64_t room = h->file_bytes;
-    if (h->index_offset < sizeof *h || h->index_offset > room || h->index_offset % SHARD_ALIGN || h->slices > (room - h->index_offset) / sizeof(ShardSlice) ||
-        h->names_offset != h->index_offset + h->slices * sizeof(ShardSlice) || h->names_bytes != room - h->names_offset) {
+    if (h->index_offset < sizeof *h || h->index_offset > room || h->index_offset % SHARD_ALIGN ||
+        h->slices > (room - h->index_offset) / sizeof(ShardSlice) || h->names_offset != h->index_offset + h->slices * sizeof(ShardSlice) ||
+        h->names_bytes != room - h->names_offset) {
         snprintf(reason, n, "has an index that lies outside the file");
         return -1;
     }
@@ -300,7 +303,8 @@ static inline int shard_map(Shard *shard, char *reason, size_t n) {
         else offset += shard_slice_bytes(s);
     }
     if (!*reason && offset != h.index_offset) snprintf(reason, n, "has pixels that belong to no slice");
-    if (!*reason && checksum(shard->mapping + h.names_offset, h.names_bytes) != h.names_checksum) snprintf(reason, n, "is damaged: the class names' checksum differs");
+    if (!*reason && checksum(shard->mapping + h.names_offset, h.names_bytes) != h.names_checksum)
+        snprintf(reason, n, "is damaged: the class names' checksum differs");
     if (!*reason) return 0;
     shard_unmap(shard);
     return -1;
@@ -378,7 +382,8 @@ static inline void dataset_add_path(Dataset *d, const char *path) {
         if (file >= 0) close(file);
         if (bad) dataset_fail(shard->path, reason);
         d->count += shard->slices;
-        if (shard->names_bytes != d->shards[0].names_bytes || shard->names_checksum != d->shards[0].names_checksum) d->clash = d->n_shards - 1;
+        if (shard->names_bytes != d->shards[0].names_bytes || shard->names_checksum != d->shards[0].names_checksum)
+            d->clash = d->n_shards - 1;
     }
     free(names);
 }
@@ -463,7 +468,8 @@ static inline Shard *dataset_map(Dataset *d, uint64_t i, const char **at, char *
 // the mapping. pixels and mask may be NULL. Opens the shard where needed; thread-safe; valid as DATASET_MAX_OPEN says.
 // Does not verify the pixels' checksum. Fails with status 3 on a bad shard.
 static inline const ShardSlice *dataset_slice(Dataset *d, uint64_t i, const int16_t **pixels, const uint8_t **mask) {
-    if (i >= d->count) fail(STATUS_FAILED, "slice %llu was asked of a dataset of %llu", (unsigned long long)i, (unsigned long long)d->count);
+    if (i >= d->count)
+        fail(STATUS_FAILED, "slice %llu was asked of a dataset of %llu", (unsigned long long)i, (unsigned long long)d->count);
     char reason[256];
     const char *path;
     Shard *shard = dataset_map(d, i, &path, reason, sizeof reason);
@@ -485,7 +491,8 @@ static inline void dataset_verify_slice(Dataset *d, uint64_t i) {
 // The name of class `label`, to be freed by the caller, or NULL where the shards name no such class. Fails with status 3
 // where the shards disagree on the names, since their labels then mean different things.
 static inline char *dataset_class_name(Dataset *d, int label) {
-    if (d->clash) fail(STATUS_DATA, "%s and %s have different class names; use them one at a time", d->shards[0].path, d->shards[d->clash].path);
+    if (d->clash)
+        fail(STATUS_DATA, "%s and %s have different class names; use them one at a time", d->shards[0].path, d->shards[d->clash].path);
     if (label < 0 || d->shards[0].names_bytes == 0) return NULL;
     uint64_t first = 0;
     while (first < d->count && dataset_shard(d, first) != &d->shards[0]) first++;
@@ -524,8 +531,10 @@ static inline void dataset_set_weights(Dataset *d, const double *weights, int n)
     if (n != d->n_sets) fail(STATUS_USAGE, "data.weights: %d weights for %d --data; give one for each", n, d->n_sets);
     double left = 0;
     for (int i = 0; i < n; i++) {
-        if (!(weights[i] >= 0) || !isfinite(weights[i])) fail(STATUS_USAGE, "data.weights: weight %d is %g; a weight is 0 or more", i + 1, weights[i]);
-        if (weights[i] > 0 && d->set_first[i] == d->set_first[i + 1]) fail(STATUS_USAGE, "data.weights: --data number %d has a weight and no slices", i + 1);
+        if (!(weights[i] >= 0) || !isfinite(weights[i]))
+            fail(STATUS_USAGE, "data.weights: weight %d is %g; a weight is 0 or more", i + 1, weights[i]);
+        if (weights[i] > 0 && d->set_first[i] == d->set_first[i + 1])
+            fail(STATUS_USAGE, "data.weights: --data number %d has a weight and no slices", i + 1);
         left += weights[i];
     }
     if (!(left > 0)) fail(STATUS_USAGE, "data.weights: all weights are 0");

@@ -55,8 +55,8 @@ static inline int nifti_bytes(gzFile file, void *out, uint64_t n, char *reason, 
             continue;
         }
         const char *message = gzerror(file, &error);
-        snprintf(reason, size, "cut short or damaged: %llu of %llu bytes could be read%s%s", (unsigned long long)done, (unsigned long long)n,
-                 error ? ", " : "", error ? message : "");
+        snprintf(reason, size, "cut short or damaged: %llu of %llu bytes could be read%s%s", (unsigned long long)done,
+                 (unsigned long long)n, error ? ", " : "", error ? message : "");
         return -1;
     }
     return 0;
@@ -130,12 +130,14 @@ static inline gzFile nifti_open(const char *path, NiftiHeader *h, char *reason, 
         if (memcmp(h->header.magic, "n+2\0\r\n\032\n", 8)) bad = 1;
     } else if (!bad) {
         if (h->swapped) nifti_swap_as_nifti1(&one);
-        h->header = (nifti_2_header){.sizeof_hdr = 348, .datatype = one.datatype, .bitpix = one.bitpix, .scl_slope = one.scl_slope, .scl_inter = one.scl_inter,
-                                     .qform_code = one.qform_code, .sform_code = one.sform_code, .quatern_b = one.quatern_b, .quatern_c = one.quatern_c,
-                                     .quatern_d = one.quatern_d, .qoffset_x = one.qoffset_x, .qoffset_y = one.qoffset_y, .qoffset_z = one.qoffset_z,
-                                     .xyzt_units = one.xyzt_units};
+        h->header = (nifti_2_header){
+            .sizeof_hdr = 348, .datatype = one.datatype, .bitpix = one.bitpix, .scl_slope = one.scl_slope, .scl_inter = one.scl_inter,
+            .qform_code = one.qform_code, .sform_code = one.sform_code, .quatern_b = one.quatern_b, .quatern_c = one.quatern_c,
+            .quatern_d = one.quatern_d, .qoffset_x = one.qoffset_x, .qoffset_y = one.qoffset_y, .qoffset_z = one.qoffset_z,
+            .xyzt_units = one.xyzt_units};
         for (int i = 0; i < 8; i++) h->header.dim[i] = one.dim[i], h->header.pixdim[i] = one.pixdim[i];
-        for (int i = 0; i < 4; i++) h->header.srow_x[i] = one.srow_x[i], h->header.srow_y[i] = one.srow_y[i], h->header.srow_z[i] = one.srow_z[i];
+        for (int i = 0; i < 4; i++)
+            h->header.srow_x[i] = one.srow_x[i], h->header.srow_y[i] = one.srow_y[i], h->header.srow_z[i] = one.srow_z[i];
         h->vox_offset = one.vox_offset;
         if (memcmp(one.magic, "n+1", 4)) bad = 1;
     }
@@ -166,7 +168,8 @@ static inline int nifti_geometry(const NiftiHeader *h, Volume *v, char *reason, 
     }
     nifti_dmat44 s = {{{0}}}, q, *m = NULL, plain = {{{pixdim[1], 0, 0, 0}, {0, pixdim[2], 0, 0}, {0, 0, pixdim[3], 0}, {0, 0, 0, 1}}};
     for (int j = 0; j < 4; j++) s.m[0][j] = n->srow_x[j], s.m[1][j] = n->srow_y[j], s.m[2][j] = n->srow_z[j];
-    q = nifti_quatern_to_dmat44(n->quatern_b, n->quatern_c, n->quatern_d, n->qoffset_x, n->qoffset_y, n->qoffset_z, pixdim[1], pixdim[2], pixdim[3], n->pixdim[0] < 0 ? -1 : 1);
+    q = nifti_quatern_to_dmat44(n->quatern_b, n->quatern_c, n->quatern_d, n->qoffset_x, n->qoffset_y, n->qoffset_z, pixdim[1], pixdim[2],
+                                pixdim[3], n->pixdim[0] < 0 ? -1 : 1);
     int has_s = n->sform_code > 0 && nifti_usable(s), has_q = n->qform_code > 0 && nifti_usable(q);
     if (n->sform_code > 0 && !has_s) volume_note(v, "the sform is singular: not used");
     m = has_s ? &s : has_q ? &q : &plain;

@@ -12,6 +12,7 @@ given an intensity per tissue, a bias field, blur and noise.
 
 What tells the regions apart is the anatomy. What does not (size, field of view, rotation, contrast, fat, arms, noise, and
 CT or MR, which share the six labels) is drawn at random, and strongly, so that likeness of pixels says little about the region.
+One build on one kind of machine gives the same bytes for a seed; another compiler or mathematics library may round otherwise.
 */
 #ifndef CURIA_PHANTOM_H
 #define CURIA_PHANTOM_H
@@ -23,8 +24,8 @@ enum { REGION_HEAD, REGION_NECK, REGION_THORAX, REGION_ABDOMEN, REGION_PELVIS, R
 
 // T_CAVITY is the fat inside the muscle wall: organs are painted over it and over each other, never over the wall.
 enum {
-    T_AIR, T_TABLE, T_SKIN, T_FAT, T_MUSCLE, T_CAVITY, T_BONE, T_MARROW, T_LUNG, T_GRAY, T_WHITE, T_FLUID, T_BLOOD, T_LIVER, T_SPLEEN, T_KIDNEY, T_BOWEL, T_GAS,
-    T_DISC, T_GLAND, T_HEART, T_LESION, T_METAL, PHANTOM_TISSUES
+    T_AIR, T_TABLE, T_SKIN, T_FAT, T_MUSCLE, T_CAVITY, T_BONE, T_MARROW, T_LUNG, T_GRAY, T_WHITE, T_FLUID, T_BLOOD, T_LIVER,
+    T_SPLEEN, T_KIDNEY, T_BOWEL, T_GAS, T_DISC, T_GLAND, T_HEART, T_LESION, T_METAL, PHANTOM_TISSUES
 };
 enum {
     OVER_BODY = ((1 << PHANTOM_TISSUES) - 1) & ~(1 << T_AIR | 1 << T_TABLE),
@@ -45,7 +46,7 @@ static const struct { float hu, t1, t2; } phantom_tissue[PHANTOM_TISSUES] = {
 
 // An ellipsoid, or a tube of elliptic section along z. Only inner <= radius is painted (a shell where inner > 0), only on
 // the side the clip vector points to, and only over the tissues of `over`. Where texture > 0, waves of that length in mm
-// turn part of it into `other`.
+// turn part of it into `other` (0: fat).
 typedef struct {
     float x, y, z, rx, ry, rz, inner, clip_x, clip_y, texture;
     int tube, tissue, other;
@@ -67,8 +68,10 @@ typedef struct {
 } PhantomBody;
 
 // Adds a part with its centre and radii disturbed by `vary`: the fraction of a radius that one standard deviation is.
-static inline PhantomPart *phantom_part(PhantomBody *p, float vary, int tissue, uint32_t over, float x, float y, float z, float rx, float ry, float rz) {
-    if (p->n_parts == PHANTOM_MAX_PARTS) fail(STATUS_FAILED, "the phantom has more than %d parts; raise PHANTOM_MAX_PARTS", PHANTOM_MAX_PARTS);
+static inline PhantomPart *phantom_part(PhantomBody *p, float vary, int tissue, uint32_t over, float x, float y, float z, float rx,
+                                        float ry, float rz) {
+    if (p->n_parts == PHANTOM_MAX_PARTS)
+        fail(STATUS_FAILED, "the phantom has more than %d parts; raise PHANTOM_MAX_PARTS", PHANTOM_MAX_PARTS);
     PhantomPart *o = &p->parts[p->n_parts++];
     *o = (PhantomPart){.tissue = tissue, .over = over};
     float centre[3] = {x, y, z}, radius[3] = {rx, ry, rz};
@@ -81,14 +84,16 @@ static inline PhantomPart *phantom_part(PhantomBody *p, float vary, int tissue, 
     return o;
 }
 
-static inline PhantomPart *phantom_tube(PhantomBody *p, float vary, int tissue, uint32_t over, float x, float y, float z, float rx, float ry, float rz) {
+static inline PhantomPart *phantom_tube(PhantomBody *p, float vary, int tissue, uint32_t over, float x, float y, float z, float rx,
+                                        float ry, float rz) {
     PhantomPart *o = phantom_part(p, vary, tissue, over, x, y, z, rx, ry, rz);
     o->tube = 1;
     return o;
 }
 
 // Long bone or vessel with a wall: the outer tube, then the lumen.
-static inline void phantom_pipe(PhantomBody *p, int outer, int lumen, uint32_t over, float x, float y, float z, float r, float thick, float rz) {
+static inline void phantom_pipe(PhantomBody *p, int outer, int lumen, uint32_t over, float x, float y, float z, float r, float thick,
+                                float rz) {
     int at = p->n_parts;
     phantom_tube(p, 0.08f, outer, over, x, y, z, r, r, rz);
     PhantomPart inside = p->parts[at];
@@ -101,14 +106,15 @@ static inline void phantom_pipe(PhantomBody *p, int outer, int lumen, uint32_t o
 
 // The outline: half-axes in x and y and the centre's y, in mm at z mm below the vertex, lean; then the wall's thickness.
 static inline void phantom_outline(PhantomBody *p, float fatness, float build) {
-    static const float table[][5] = {
-        {0, 8, 10, 0, 3}, {15, 50, 62, 0, 4}, {40, 68, 86, 0, 4}, {90, 77, 98, 0, 4}, {140, 74, 96, -2, 5}, {185, 66, 88, -6, 8}, {212, 60, 74, 0, 14},
-        {235, 57, 60, 8, 20}, {280, 58, 60, 10, 20}, {300, 82, 68, 10, 25}, {320, 140, 80, 8, 34}, {350, 182, 96, 5, 34}, {400, 168, 106, 2, 26},
-        {460, 156, 112, 0, 20}, {550, 150, 112, 0, 17}, {620, 146, 108, 0, 16}, {700, 140, 104, 0, 17}, {780, 144, 104, 0, 18}, {850, 158, 108, 4, 24},
-        {920, 170, 114, 8, 34}, {1000, 174, 112, 8, 44}, {1060, 170, 104, 6, 50}
-    };
+    static const float table[][5] = {{0, 8, 10, 0, 3},        {15, 50, 62, 0, 4},     {40, 68, 86, 0, 4},     {90, 77, 98, 0, 4},
+                                     {140, 74, 96, -2, 5},    {185, 66, 88, -6, 8},   {212, 60, 74, 0, 14},   {235, 57, 60, 8, 20},
+                                     {280, 58, 60, 10, 20},   {300, 82, 68, 10, 25},  {320, 140, 80, 8, 34},  {350, 182, 96, 5, 34},
+                                     {400, 168, 106, 2, 26},  {460, 156, 112, 0, 20}, {550, 150, 112, 0, 17}, {620, 146, 108, 0, 16},
+                                     {700, 140, 104, 0, 17},  {780, 144, 104, 0, 18}, {850, 158, 108, 4, 24}, {920, 170, 114, 8, 34},
+                                     {1000, 174, 112, 8, 44}, {1060, 170, 104, 6, 50}};
     int rows = sizeof table / sizeof *table;
-    float wide = (float)rng_range(&p->rng, 0.92, 1.08), deep = (float)rng_range(&p->rng, 0.92, 1.1), belly = (float)rng_range(&p->rng, 0.8, 1.5);
+    float wide = (float)rng_range(&p->rng, 0.92, 1.08), deep = (float)rng_range(&p->rng, 0.92, 1.1),
+          belly = (float)rng_range(&p->rng, 0.8, 1.5);
     for (int i = 0, k = 0; i < PHANTOM_LEVELS; i++) {
         float z = (float)i * PHANTOM_STEP;
         while (k < rows - 2 && z > table[k + 1][0]) k++;
@@ -119,8 +125,9 @@ static inline void phantom_outline(PhantomBody *p, float fatness, float build) {
         float trunk = z < 200 ? 0.15f : z < 330 ? 0.15f + 0.6f * (z - 200) / 130 : z < 550 ? 0.75f : 1;
         float middle = belly * expf(-(z - 740) * (z - 740) / 30000);
         float fat = 4 + fatness * trunk, muscular = z < 220 ? 1 : build;
-        p->levels[i] = (PhantomLevel){v[1] * wide * (z > 300 ? 0.5f + 0.5f * build : 1) + fat - 4, v[2] * deep + (fat - 4) * (1 + 0.5f * middle),
-                                      v[3] - 0.25f * (fat - 4) * middle, fat, v[4] * muscular, z < 300 ? 0.1f : 0.45f};
+        p->levels[i] = (PhantomLevel){
+            .a = v[1] * wide * (z > 300 ? 0.5f + 0.5f * build : 1) + fat - 4, .b = v[2] * deep + (fat - 4) * (1 + 0.5f * middle),
+            .y = v[3] - 0.25f * (fat - 4) * middle, .fat = fat, .wall = v[4] * muscular, .corner = z < 300 ? 0.1f : 0.45f};
     }
 }
 
@@ -128,7 +135,9 @@ static inline void phantom_spine(PhantomBody *p) {
     float curve = (float)rng_range(&p->rng, 0.7, 1.3), scoliosis = (float)(6 * rng_normal(&p->rng)), z = 195;
     for (int i = 0; i < 25; i++) {
         float t = i / 24.0f, height = i < 7 ? 15 : 21 + 12 * (i - 7) / 17.0f, r = i < 7 ? 10 : 13 + 9 * (i - 7) / 17.0f;
-        float y = i < 7 ? 18 + 3 * i : i < 19 ? 40 + 20 * sinf((i - 7) / 12.0f * 3.14f) * curve : 42 - 14 * sinf((i - 19) / 6.0f * 3.14f) * curve;
+        float y = i < 7    ? 18 + 3 * i
+                  : i < 19 ? 40 + 20 * sinf((i - 7) / 12.0f * 3.14f) * curve
+                           : 42 - 14 * sinf((i - 19) / 6.0f * 3.14f) * curve;
         float x = scoliosis * sinf(t * 6.3f);
         z += height / 2;
         phantom_tube(p, 0.04f, T_BONE, OVER_BODY, x, y, z, r, 0.75f * r, 0.41f * height);
@@ -138,7 +147,8 @@ static inline void phantom_spine(PhantomBody *p) {
         arch->inner = 0.7f;
         phantom_part(p, 0.08f, T_BONE, OVER_BODY, x, y + 0.75f * r + 26, z + 4, 3.5f, i < 7 ? 8 : 13, 0.33f * height);
         if (i > 6)
-            for (int side = -1; side <= 1; side += 2) phantom_part(p, 0.1f, T_BONE, OVER_BODY, x + side * (r + 14), y + 0.75f * r + 8, z, 14, 5, 0.25f * height);
+            for (int side = -1; side <= 1; side += 2)
+                phantom_part(p, 0.1f, T_BONE, OVER_BODY, x + side * (r + 14), y + 0.75f * r + 8, z, 14, 5, 0.25f * height);
         phantom_tube(p, 0, T_FLUID, OVER_BODY, x, y + 0.75f * r + 9, z, 8, 7, 0.52f * height);
         if (i < 20) phantom_tube(p, 0, T_WHITE, OVER_BODY, x, y + 0.75f * r + 9, z, 5, 4, 0.52f * height);
         z += height / 2;
@@ -204,12 +214,11 @@ static inline void phantom_neck(PhantomBody *p) {
 static inline void phantom_thorax(PhantomBody *p) {
     float fill = (float)rng_range(&p->rng, 0.88, 1.06);
     for (int side = -1; side <= 1; side += 2) {
-        PhantomPart *lung = phantom_part(p, 0.03f, T_LUNG, OVER_INSIDE, side * 66, 0, 470, 58 * fill, 88 * fill, 142);
-        lung->texture = 9;
-        lung->other = -T_LUNG;
+        phantom_part(p, 0.03f, T_LUNG, OVER_INSIDE, side * 66, 0, 470, 58 * fill, 88 * fill, 142);
         phantom_part(p, 0.1f, T_BLOOD, 1 << T_LUNG, side * 34, 6, 445, 16, 10, 16);
         for (int i = 0; i < 7; i++) {
-            float x = side * (float)rng_range(&p->rng, 32, 100), y = (float)rng_range(&p->rng, -45, 55), z = (float)rng_range(&p->rng, 390, 540);
+            float x = side * (float)rng_range(&p->rng, 32, 100), y = (float)rng_range(&p->rng, -45, 55),
+                  z = (float)rng_range(&p->rng, 390, 540);
             phantom_part(p, 0.25f, T_BLOOD, 1 << T_LUNG, x, y, z, 4, 4, 16);
         }
         PhantomPart *scapula = phantom_part(p, 0.06f, T_BONE, OVER_SOFT, side * 84, 16, 400, 66, 74, 74);
@@ -238,7 +247,8 @@ static inline void phantom_thorax(PhantomBody *p) {
             PhantomLevel *at = &p->levels[450 / PHANTOM_STEP];
             float size = (float)rng_range(&p->rng, 32, 58);
             phantom_part(p, 0.08f, T_FAT, OVER_AIR, side * 74, at->y - at->b * 0.88f, 470, size, size * 0.8f, size);
-            phantom_part(p, 0.2f, T_GLAND, 1 << T_FAT, side * 74, at->y - at->b * 0.9f, 470, size * 0.6f, size * 0.5f, size * 0.6f)->texture = 14;
+            phantom_part(p, 0.2f, T_GLAND, 1 << T_FAT, side * 74, at->y - at->b * 0.9f, 470, size * 0.6f, size * 0.5f, size * 0.6f)
+                ->texture = 14;
         }
     if (rng_uniform(&p->rng) < 0.25) {  // an effusion
         int side = rng_uniform(&p->rng) < 0.5 ? -1 : 1;
@@ -251,7 +261,11 @@ static inline void phantom_bowel(PhantomBody *p, int n, float z0, float z1, floa
         float x = (float)rng_range(&p->rng, -reach, reach), y = (float)rng_range(&p->rng, -72, 12), z = (float)rng_range(&p->rng, z0, z1);
         float r = (float)rng_range(&p->rng, 11, 21);
         phantom_part(p, 0.15f, T_BOWEL, 1 << T_CAVITY | 1 << T_BOWEL | 1 << T_FLUID | 1 << T_GAS, x, y, z, r * 1.4f, r, r);
-        phantom_part(p, 0.05f, rng_uniform(&p->rng) < 0.35 ? T_GAS : rng_uniform(&p->rng) < 0.5 ? T_FLUID : T_BOWEL, 1 << T_BOWEL, x, y - 2, z, r, 0.65f * r, 0.7f * r);
+        phantom_part(p, 0.05f,
+                     rng_uniform(&p->rng) < 0.35  ? T_GAS
+                     : rng_uniform(&p->rng) < 0.5 ? T_FLUID
+                                                  : T_BOWEL,
+                     1 << T_BOWEL, x, y - 2, z, r, 0.65f * r, 0.7f * r);
     }
 }
 
@@ -269,8 +283,10 @@ static inline void phantom_abdomen(PhantomBody *p) {
     }
     phantom_part(p, 0.06f, T_LIVER, OVER_INSIDE, -56, -8, 625, 80, 82, 74);
     phantom_part(p, 0.08f, T_LIVER, OVER_INSIDE, 6, -48, 610, 64, 34, 42);
-    for (int i = 0; i < 5; i++)
-        phantom_part(p, 0.2f, T_BLOOD, 1 << T_LIVER, (float)rng_range(&p->rng, -100, -10), (float)rng_range(&p->rng, -50, 40), (float)rng_range(&p->rng, 580, 680), 5, 22, 6);
+    for (int i = 0; i < 5; i++) {
+        float x = (float)rng_range(&p->rng, -100, -10), y = (float)rng_range(&p->rng, -50, 40), z = (float)rng_range(&p->rng, 580, 680);
+        phantom_part(p, 0.2f, T_BLOOD, 1 << T_LIVER, x, y, z, 5, 22, 6);
+    }
     phantom_part(p, 0.15f, T_FLUID, OVER_INSIDE, -48, -58, 672, 15, 18, 28);
     phantom_part(p, 0.12f, T_BOWEL, OVER_INSIDE, 56, -34, 630, 44, 42, 52);
     phantom_part(p, 0.12f, rng_uniform(&p->rng) < 0.5 ? T_GAS : T_FLUID, 1 << T_BOWEL, 56, -46, 628, 34, 24, 40);
@@ -367,11 +383,11 @@ static inline void phantom_body(PhantomBody *p, uint64_t seed, uint64_t patient)
     p->leg_scale = (float)(0.9 + 0.1 * build);
     p->leg_x = (float)rng_range(&p->rng, 84, 104) + 0.5f * fatness;
     for (int i = 0; i < 9; i++) {
-        double length = rng_range(&p->rng, i % 3 ? 70 : 160, i % 3 ? 160 : 400), u = rng_range(&p->rng, -1, 1), angle = rng_range(&p->rng, 0, 6.2832);
-        double k = 6.2832 / length, across = sqrt(1 - u * u);
-        float wave[5] = {(float)(rng_range(&p->rng, 0.008, 0.022) * length), (float)(k * across * cos(angle)), (float)(k * across * sin(angle)), (float)(k * u),
-                         (float)rng_range(&p->rng, 0, 6.2832)};
-        memcpy(p->wave[i], wave, sizeof wave);
+        double length = rng_range(&p->rng, i % 3 ? 70 : 160, i % 3 ? 160 : 400), u = rng_range(&p->rng, -1, 1),
+               angle = rng_range(&p->rng, 0, 6.2832);
+        double k = 6.2832 / length, across = sqrt(1 - u * u), size = rng_range(&p->rng, 0.008, 0.022) * length;
+        double wave[5] = {size, k * across * cos(angle), k * across * sin(angle), k * u, rng_range(&p->rng, 0, 6.2832)};
+        for (int j = 0; j < 5; j++) p->wave[i][j] = (float)wave[j];
     }
     phantom_outline(p, fatness, build);
     phantom_abdomen(p);
@@ -383,8 +399,9 @@ static inline void phantom_body(PhantomBody *p, uint64_t seed, uint64_t patient)
     phantom_spine(p);
     phantom_arms(p);
     for (int i = (int)rng_below(&p->rng, 6); i > 0; i--) {
+        float x = (float)rng_range(&p->rng, -80, 80), y = (float)rng_range(&p->rng, -60, 60);
         float z = (float)rng_range(&p->rng, 40, 1500), r = (float)rng_range(&p->rng, 5, 17);
-        phantom_part(p, 0.2f, T_LESION, OVER_INSIDE | 1 << T_MUSCLE, (float)rng_range(&p->rng, -80, 80), (float)rng_range(&p->rng, -60, 60), z, r, r, r);
+        phantom_part(p, 0.2f, T_LESION, OVER_INSIDE | 1 << T_MUSCLE, x, y, z, r, r, r);
     }
 }
 
@@ -396,7 +413,8 @@ static inline int phantom_ground(const PhantomBody *p, float x, float y, float z
         float at = z / PHANTOM_STEP;
         const PhantomLevel *l = &p->levels[(int)at], *m = l + 1;
         float t = at - (int)at;
-        a = l->a + t * (m->a - l->a), b = l->b + t * (m->b - l->b), fat = l->fat + t * (m->fat - l->fat), wall = l->wall + t * (m->wall - l->wall);
+        a = l->a + t * (m->a - l->a), b = l->b + t * (m->b - l->b), fat = l->fat + t * (m->fat - l->fat),
+        wall = l->wall + t * (m->wall - l->wall);
         y -= l->y + t * (m->y - l->y);
         corner = l->corner;
     } else {
@@ -418,7 +436,9 @@ static inline int phantom_ground(const PhantomBody *p, float x, float y, float z
             float along = (z - 0.45f * y + p->rib_phase) * (1 / 27.0f);
             if (along - floorf(along) < 0.42f) return depth > side + wall - 7 && depth < side + wall - 2 ? T_MARROW : T_BONE;
         }
-        return fabsf(sinf(x * 0.062f + 1.7f * sinf(y * 0.043f)) * sinf(y * 0.071f - 1.3f * sinf(x * 0.037f) + z * 0.003f)) < p->septa * 0.5f ? T_FAT : T_MUSCLE;
+        return fabsf(sinf(x * 0.062f + 1.7f * sinf(y * 0.043f)) * sinf(y * 0.071f - 1.3f * sinf(x * 0.037f) + z * 0.003f)) < p->septa * 0.5f
+                   ? T_FAT
+                   : T_MUSCLE;
     }
     return z < 318 ? T_MUSCLE : T_CAVITY;
 }
@@ -432,10 +452,13 @@ static inline void phantom_sample(const PhantomBody *p, const PhantomPlane *f, i
     for (int i = 0; i <= (rows - 1) / NODE + 1; i++)
         for (int j = 0; j <= (cols - 1) / NODE + 1; j++) {
             float q[3];
-            for (int d = 0; d < 3; d++) q[d] = f->centre[d] + (j * NODE - 0.5f * (cols - 1)) * f->across[d] + (i * NODE - 0.5f * (rows - 1)) * f->down[d];
+            for (int d = 0; d < 3; d++)
+                q[d] = f->centre[d] + (j * NODE - 0.5f * (cols - 1)) * f->across[d] + (i * NODE - 0.5f * (rows - 1)) * f->down[d];
             for (int d = 0; d < 3; d++) {
                 bend[i][j][d] = 0;
-                for (int k = 3 * d; k < 3 * d + 3; k++) bend[i][j][d] += p->wave[k][0] * sinf(p->wave[k][1] * q[0] + p->wave[k][2] * q[1] + p->wave[k][3] * q[2] + p->wave[k][4]);
+                for (int k = 3 * d; k < 3 * d + 3; k++)
+                    bend[i][j][d] +=
+                        p->wave[k][0] * sinf(p->wave[k][1] * q[0] + p->wave[k][2] * q[1] + p->wave[k][3] * q[2] + p->wave[k][4]);
             }
         }
     for (int r = 0; r < rows; r++)
@@ -444,7 +467,8 @@ static inline void phantom_sample(const PhantomBody *p, const PhantomPlane *f, i
             float u = (float)(r % NODE) / NODE, v = (float)(c % NODE) / NODE, *q = &at[3 * (r * cols + c)];
             for (int d = 0; d < 3; d++)
                 q[d] = f->centre[d] + (c - 0.5f * (cols - 1)) * f->across[d] + (r - 0.5f * (rows - 1)) * f->down[d] +
-                       (1 - u) * ((1 - v) * bend[i][j][d] + v * bend[i][j + 1][d]) + u * ((1 - v) * bend[i + 1][j][d] + v * bend[i + 1][j + 1][d]);
+                       (1 - u) * ((1 - v) * bend[i][j][d] + v * bend[i][j + 1][d]) +
+                       u * ((1 - v) * bend[i + 1][j][d] + v * bend[i + 1][j + 1][d]);
             tissue[r * cols + c] = (uint8_t)phantom_ground(p, q[0], q[1], q[2]);
         }
     float normal[3] = {f->across[1] * f->down[2] - f->across[2] * f->down[1], f->across[2] * f->down[0] - f->across[0] * f->down[2],
@@ -463,7 +487,8 @@ static inline void phantom_sample(const PhantomBody *p, const PhantomPlane *f, i
         }
         if (fabsf(off) > thick) continue;
         col += 0.5f * (cols - 1), row += 0.5f * (rows - 1);
-        int r0 = (int)fmaxf(0, floorf(row - high)), r1 = (int)fminf(rows - 1, ceilf(row + high)), c0 = (int)fmaxf(0, floorf(col - wide)), c1 = (int)fminf(cols - 1, ceilf(col + wide));
+        int r0 = (int)fmaxf(0, floorf(row - high)), r1 = (int)fminf(rows - 1, ceilf(row + high)), c0 = (int)fmaxf(0, floorf(col - wide)),
+            c1 = (int)fminf(cols - 1, ceilf(col + wide));
         float ix = 1 / o->rx, iy = 1 / o->ry, iz = 1 / o->rz, inner = o->inner * o->inner, wave = o->texture ? 6.2832f / o->texture : 0;
         for (int r = r0; r <= r1; r++)
             for (int c = c0; c <= c1; c++) {
@@ -473,7 +498,8 @@ static inline void phantom_sample(const PhantomBody *p, const PhantomPlane *f, i
                 uint8_t *t = &tissue[r * cols + c];
                 if (square > 1 || square < inner || w > 1 || w < -1 || x * o->clip_x + y * o->clip_y < 0 || !(o->over >> *t & 1)) continue;
                 int paint = o->tissue;
-                if (wave && o->other >= 0 && sinf(x * wave + 2 * sinf(z * 0.11f + y * 0.05f)) * sinf(y * wave + 2 * sinf(x * 0.07f)) > 0.45f) paint = o->other ? o->other : T_FAT;
+                if (wave && sinf(x * wave + 2 * sinf(z * 0.11f + y * 0.05f)) * sinf(y * wave + 2 * sinf(x * 0.07f)) > 0.45f)
+                    paint = o->other ? o->other : T_FAT;
                 *t = (uint8_t)paint;
             }
     }
@@ -483,7 +509,8 @@ static inline void phantom_sample(const PhantomBody *p, const PhantomPlane *f, i
 static inline void phantom_contrast(Rng *r, int modality, float value[PHANTOM_TISSUES]) {
     if (modality == MODALITY_CT) {
         double contrast = rng_uniform(r) < 0.5 ? 0 : rng_range(r, 60, 320), late = rng_uniform(r), bone = rng_range(r, 0.55, 1.35);
-        for (int t = 0; t < PHANTOM_TISSUES; t++) value[t] = phantom_tissue[t].hu + (float)((t == T_AIR || t == T_GAS ? 4 : 9) * rng_normal(r));
+        for (int t = 0; t < PHANTOM_TISSUES; t++)
+            value[t] = phantom_tissue[t].hu + (float)((t == T_AIR || t == T_GAS ? 4 : 9) * rng_normal(r));
         value[T_BLOOD] += (float)(contrast * (1 - 0.5 * late));
         value[T_HEART] += (float)(0.3 * contrast);
         value[T_KIDNEY] += (float)(0.7 * contrast);
@@ -498,10 +525,14 @@ static inline void phantom_contrast(Rng *r, int modality, float value[PHANTOM_TI
         return;
     }
     double weighting = rng_range(r, -0.15, 1.15), scanner = exp(rng_range(r, log(120), log(2600)));
-    double fat = rng_uniform(r) < 0.3 ? rng_range(r, 0.05, 0.3) : 1, fluid = rng_uniform(r) < 0.25 ? 0.12 : 1, blood = rng_uniform(r) < 0.35 ? rng_range(r, 2, 5) : 1;
+    double fat = rng_uniform(r) < 0.3 ? rng_range(r, 0.05, 0.3) : 1, fluid = rng_uniform(r) < 0.25 ? 0.12 : 1,
+           blood = rng_uniform(r) < 0.35 ? rng_range(r, 2, 5) : 1;
     for (int t = 0; t < PHANTOM_TISSUES; t++) {
         double s = (1 - weighting) * phantom_tissue[t].t1 + weighting * phantom_tissue[t].t2;
-        s *= exp(0.22 * rng_normal(r)) * (t == T_FAT || t == T_CAVITY || t == T_MARROW ? fat : t == T_FLUID ? fluid : t == T_BLOOD ? blood : 1);
+        s *= exp(0.22 * rng_normal(r)) * (t == T_FAT || t == T_CAVITY || t == T_MARROW ? fat
+                                          : t == T_FLUID                               ? fluid
+                                          : t == T_BLOOD                               ? blood
+                                                                                       : 1);
         value[t] = (float)(scanner * fmax(s, 0.005));
     }
 }
@@ -521,7 +552,8 @@ typedef struct {
 static inline PhantomScan phantom_scan(Rng *r, int modality) {
     PhantomScan s = {.modality = modality};
     phantom_contrast(r, modality, s.value);
-    s.noise = (float)exp(modality == MODALITY_CT ? rng_range(r, log(8), log(75)) : log(s.value[T_MUSCLE] + s.value[T_FAT]) + rng_range(r, log(0.01), log(0.09)));
+    s.noise = (float)exp(modality == MODALITY_CT ? rng_range(r, log(8), log(55))
+                                                 : log(s.value[T_MUSCLE] + s.value[T_FAT]) + rng_range(r, log(0.01), log(0.07)));
     for (int i = 0; i < 5; i++) s.bias[i] = modality == MODALITY_MR ? (float)rng_range(r, -0.4, 0.4) : 0;
     s.table = modality == MODALITY_CT && rng_uniform(r) < 0.7 ? (float)rng_range(r, 4, 40) : -1;
     s.circle = modality == MODALITY_CT && rng_uniform(r) < 0.4 ? (float)rng_range(r, 0.98, 1.1) : 9;
@@ -532,10 +564,12 @@ static inline PhantomScan phantom_scan(Rng *r, int modality) {
 static inline void phantom_blur(float *image, int rows, int cols, float *scratch) {
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c++)
-            scratch[r * cols + c] = 0.5f * image[r * cols + c] + 0.25f * (image[r * cols + (c ? c - 1 : 0)] + image[r * cols + (c < cols - 1 ? c + 1 : c)]);
+            scratch[r * cols + c] =
+                0.5f * image[r * cols + c] + 0.25f * (image[r * cols + (c ? c - 1 : 0)] + image[r * cols + (c < cols - 1 ? c + 1 : c)]);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c++)
-            image[r * cols + c] = 0.5f * scratch[r * cols + c] + 0.25f * (scratch[(r ? r - 1 : 0) * cols + c] + scratch[(r < rows - 1 ? r + 1 : r) * cols + c]);
+            image[r * cols + c] = 0.5f * scratch[r * cols + c] +
+                                  0.25f * (scratch[(r ? r - 1 : 0) * cols + c] + scratch[(r < rows - 1 ? r + 1 : r) * cols + c]);
 }
 
 // Tissue to integer values as they are stored: image, scratch [rows][cols].
@@ -584,10 +618,10 @@ static inline PhantomPlane phantom_plane(const PhantomBody *p, Rng view, int reg
         if (plane == PLANE_CORONAL) y = offset;
         else x = region == REGION_LIMB ? (rng_uniform(r) < 0.5 ? 1 : -1) * p->leg_x + 0.5f * offset : offset;
     }
-    field *= (float)exp(rng_range(r, log(0.72), log(1.7)));
+    field *= (float)exp(rng_range(r, log(0.78), log(1.5)));
     float pixel = field / (rows < cols ? rows : cols);
-    double turn = 0.2 * rng_normal(r), tilt = 0.12 * rng_normal(r), lean = 0.08 * rng_normal(r);
-    float shift_u = (float)rng_range(r, -0.16, 0.16) * field, shift_v = (float)rng_range(r, -0.16, 0.16) * field;
+    double turn = 0.15 * rng_normal(r), tilt = 0.12 * rng_normal(r), lean = 0.08 * rng_normal(r);
+    float shift_u = (float)rng_range(r, -0.12, 0.12) * field, shift_v = (float)rng_range(r, -0.12, 0.12) * field;
     // The plane's own axes, then a turn within it and two small tilts out of it.
     static const int axes[PLANE_COUNT][3] = {{0, 1, 2}, {0, 2, 1}, {1, 2, 0}};
     int u = axes[plane][0], v = axes[plane][1], w = axes[plane][2];
@@ -612,13 +646,15 @@ static inline void phantom_table(const PhantomBody *p, float below, const float 
 }
 
 // Adds the slices of one volume (one patient, modality, region and plane) to a shard.
-static inline void phantom_volume(ShardWriter *w, const PhantomBody *p, uint64_t seed, uint64_t patient, int modality, int region, int plane, int count) {
+static inline void phantom_volume(ShardWriter *w, const PhantomBody *p, uint64_t seed, uint64_t patient, int modality, int region,
+                                  int plane, int count) {
     uint32_t which = 1 + (uint32_t)((modality * PHANTOM_REGIONS + region) * PLANE_COUNT + plane);
     Rng r = rng_at(seed, RNG_PHANTOM, 1, patient, which);
     int cols = 112 + 8 * (int)rng_below(&r, 5), rows = rng_uniform(&r) < 0.6 ? cols : cols - 8 * (int)rng_below(&r, 4), n = rows * cols;
     PhantomScan scan = phantom_scan(&r, modality);
     Rng view = rng_at(seed, RNG_PHANTOM, 2, patient, which);
-    float *images = (float *)xmalloc(sizeof(float) * n * count, "a phantom volume"), *at = (float *)xmalloc(sizeof(float) * 3 * n, "a phantom volume");
+    float *images = (float *)xmalloc(sizeof(float) * n * count, "a phantom volume"),
+          *at = (float *)xmalloc(sizeof(float) * 3 * n, "a phantom volume");
     uint8_t *tissue = (uint8_t *)xmalloc(n, "a phantom volume");
     int16_t *pixels = (int16_t *)xmalloc(sizeof(int16_t) * n, "a phantom volume");
     Moments plain = {0}, clipped = {0};
@@ -634,9 +670,21 @@ static inline void phantom_volume(ShardWriter *w, const PhantomBody *p, uint64_t
     }
     float threshold = anatomy_threshold(images, (size_t)n * count, modality);
     uint64_t name[5] = {seed, patient, (uint64_t)modality, (uint64_t)region, (uint64_t)plane};
-    ShardSlice s = {.volume_id = checksum(name, sizeof name), .patient_id = checksum(name, 16), .rows = rows, .cols = cols, .volume_slices = count,
-                    .spacing_row = pixel, .spacing_col = pixel, .scale = 1, .modality = (uint8_t)modality, .plane = (uint8_t)plane, .label = region, .target = NAN,
-                    .volume_mean = (float)plain.mean, .volume_std = (float)moments_std(&plain), .volume_mean_clipped = (float)clipped.mean,
+    ShardSlice s = {.volume_id = checksum(name, sizeof name),
+                    .patient_id = checksum(name, 16),
+                    .rows = rows,
+                    .cols = cols,
+                    .volume_slices = count,
+                    .spacing_row = pixel,
+                    .spacing_col = pixel,
+                    .scale = 1,
+                    .modality = (uint8_t)modality,
+                    .plane = (uint8_t)plane,
+                    .label = region,
+                    .target = NAN,
+                    .volume_mean = (float)plain.mean,
+                    .volume_std = (float)moments_std(&plain),
+                    .volume_mean_clipped = (float)clipped.mean,
                     .volume_std_clipped = (float)moments_std(&clipped)};
     s.spacing_slice = p->scale * (plane == PLANE_AXIAL ? (phantom_range[region][1] - phantom_range[region][0]) / count : 22);
     for (int i = 0; i < count; i++) {

@@ -81,7 +81,8 @@ static uint64_t parse_number(const char *option, const char *value, uint64_t lea
     errno = 0;
     unsigned long long n = strtoull(value, &end, 10);
     if (errno || end == value || *end || *value == '-' || n < least || n > most)
-        fail(STATUS_USAGE, "--%s %s: give a whole number from %llu to %llu", option, value, (unsigned long long)least, (unsigned long long)most);
+        fail(STATUS_USAGE, "--%s %s: give a whole number from %llu to %llu", option, value, (unsigned long long)least,
+             (unsigned long long)most);
     return n;
 }
 
@@ -91,20 +92,26 @@ static void read_salt(Options *o) {
     if (!file) fail(STATUS_USAGE, "--salt-file %s: %s", o->salt_file, strerror(errno));
     size_t n = fread(text, 1, sizeof text, file);
     fclose(file);
-    if (n < 16 || n > 4096) fail(STATUS_USAGE, "--salt-file %s: a key has 16 to 4096 bytes; make one with: head -c 32 /dev/urandom > FILE", o->salt_file);
+    if (n < 16 || n > 4096)
+        fail(STATUS_USAGE, "--salt-file %s: a key has 16 to 4096 bytes; make one with: head -c 32 /dev/urandom > FILE", o->salt_file);
     o->salt = (SipKey){siphash((SipKey){1, 0}, text, n), siphash((SipKey){2, 0}, text, n)};
 }
 
 static Options parse_options(int argc, char **argv) {
-    enum { OPTION_MODALITY = 256, OPTION_PLANES, OPTION_4D, OPTION_LABELS, OPTION_KEEP, OPTION_PATIENT, OPTION_SALT, OPTION_SIZE, OPTION_PHANTOM, OPTION_SEED,
-           OPTION_PATIENTS, OPTION_INFO, OPTION_VERIFY };
+    enum {
+        OPTION_MODALITY = 256, OPTION_PLANES, OPTION_4D, OPTION_LABELS, OPTION_KEEP, OPTION_PATIENT, OPTION_SALT, OPTION_SIZE,
+        OPTION_PHANTOM, OPTION_SEED, OPTION_PATIENTS, OPTION_INFO, OPTION_VERIFY
+    };
     static const struct option table[] = {
-        {"out", 1, 0, 'o'}, {"help", 0, 0, 'h'}, {"modality", 1, 0, OPTION_MODALITY}, {"planes", 1, 0, OPTION_PLANES}, {"4d", 1, 0, OPTION_4D},
-        {"labels", 1, 0, OPTION_LABELS}, {"keep-labels", 0, 0, OPTION_KEEP}, {"patient-from", 1, 0, OPTION_PATIENT}, {"salt-file", 1, 0, OPTION_SALT},
-        {"shard-size", 1, 0, OPTION_SIZE}, {"phantom", 0, 0, OPTION_PHANTOM}, {"seed", 1, 0, OPTION_SEED}, {"patients", 1, 0, OPTION_PATIENTS},
+        {"out", 1, 0, 'o'}, {"help", 0, 0, 'h'}, {"modality", 1, 0, OPTION_MODALITY}, {"planes", 1, 0, OPTION_PLANES},
+        {"4d", 1, 0, OPTION_4D}, {"labels", 1, 0, OPTION_LABELS}, {"keep-labels", 0, 0, OPTION_KEEP},
+        {"patient-from", 1, 0, OPTION_PATIENT}, {"salt-file", 1, 0, OPTION_SALT}, {"shard-size", 1, 0, OPTION_SIZE},
+        {"phantom", 0, 0, OPTION_PHANTOM}, {"seed", 1, 0, OPTION_SEED}, {"patients", 1, 0, OPTION_PATIENTS},
         {"info", 0, 0, OPTION_INFO}, {"verify", 0, 0, OPTION_VERIFY}, {0}};
-    static const char *const modalities[] = {"auto", "ct", "mr"}, *const planes[] = {"axial", "coronal", "sagittal", "native", "all"}, *const fourd[] = {"first", "mid", "all"};
-    Options o = {.planes = PLANES_NATIVE, .seed = 1337, .patients = 60, .shard_bytes = (uint64_t)512 << 20, .salt = {0x63757269612e6331, 0x7075626c69632073}};
+    static const char *const modalities[] = {"auto", "ct", "mr"}, *const planes[] = {"axial", "coronal", "sagittal", "native", "all"},
+                             *const fourd[] = {"first", "mid", "all"};
+    Options o = {.planes = PLANES_NATIVE, .seed = 1337, .patients = 60, .shard_bytes = (uint64_t)512 << 20,
+                 .salt = {0x63757269612e6331, 0x7075626c69632073}};
     opterr = 0;
     for (int c; (c = getopt_long(argc, argv, "o:h", table, NULL)) != -1;) {
         switch (c) {
@@ -124,14 +131,16 @@ static Options parse_options(int argc, char **argv) {
             case OPTION_VERIFY: o.mode = MODE_VERIFY; break;
             case OPTION_PATIENT:
                 o.patient_from = !strcmp(optarg, "folder") ? PATIENT_FOLDER : !strcmp(optarg, "file") ? PATIENT_FILE : PATIENT_REGEX;
-                if (o.patient_from == PATIENT_REGEX && (strncmp(optarg, "regex:", 6) || regcomp(&o.patient_regex, optarg + 6, REG_EXTENDED)))
+                if (o.patient_from == PATIENT_REGEX &&
+                    (strncmp(optarg, "regex:", 6) || regcomp(&o.patient_regex, optarg + 6, REG_EXTENDED)))
                     fail(STATUS_USAGE, "--patient-from %s: give folder, file, or regex: and a POSIX extended regular expression", optarg);
                 break;
             default: fail(STATUS_USAGE, "%s: no such option, or its value is missing; see ./prep/prep --help", argv[optind - 1]);
         }
     }
     int inputs = argc - optind;
-    if (o.mode == MODE_PHANTOM ? inputs > 0 : inputs == 0) fail(STATUS_USAGE, o.mode == MODE_PHANTOM ? "--phantom takes no INPUT" : "no INPUT; see ./prep/prep --help");
+    if (o.mode == MODE_PHANTOM ? inputs > 0 : inputs == 0)
+        fail(STATUS_USAGE, o.mode == MODE_PHANTOM ? "--phantom takes no INPUT" : "no INPUT; see ./prep/prep --help");
     if ((o.mode == MODE_PACK || o.mode == MODE_PHANTOM) && !o.out) fail(STATUS_USAGE, "no -o DIR to write to; see ./prep/prep --help");
     if (o.salt_file) read_salt(&o);
     return o;
@@ -169,7 +178,8 @@ static void walk(Inputs *list, const char *folder, const char *prefix, int depth
         char path[4096], name[4096];
         struct stat st;
         if (e->d_name[0] == '.') continue;
-        if (snprintf(path, sizeof path, "%s/%s", folder, e->d_name) >= (int)sizeof path || snprintf(name, sizeof name, "%s%s", prefix, e->d_name) >= (int)sizeof name - 1) {
+        if (snprintf(path, sizeof path, "%s/%s", folder, e->d_name) >= (int)sizeof path ||
+            snprintf(name, sizeof name, "%s%s", prefix, e->d_name) >= (int)sizeof name - 1) {
             warn("%s: a path in it is too long: left out", folder);
             continue;
         }
@@ -317,7 +327,8 @@ static Labels labels_read(const char *path) {
     for (int i = 0; i < n; i++)
         for (int k = 0; k < 5; k++)
             if (!strcasecmp(field[i], names[k])) columns[k] = i;
-    if (columns[0] < 0 || (columns[2] < 0 && columns[3] < 0 && columns[4] < 0)) fail(STATUS_DATA, "%s: its header needs file, and label, target or patient", path);
+    if (columns[0] < 0 || (columns[2] < 0 && columns[3] < 0 && columns[4] < 0))
+        fail(STATUS_DATA, "%s: its header needs file, and label, target or patient", path);
     while (getline(&line, &room, file) >= 0) {
         number++;
         n = cut_line(line, separator, field, 64);
@@ -327,19 +338,22 @@ static Labels labels_read(const char *path) {
         char *slice_end, *target_end;
         long slice = strtol(value[1], &slice_end, 10);
         float target = strtof(value[3], &target_end);
-        if (!*value[0] || *slice_end || *target_end || slice < 0) fail(STATUS_DATA, "%s, line %d: file is empty, or slice or target is not a number", path, number);
+        if (!*value[0] || *slice_end || *target_end || slice < 0)
+            fail(STATUS_DATA, "%s, line %d: file is empty, or slice or target is not a number", path, number);
         if (l.n == capacity) {
             capacity = capacity ? 2 * capacity : 256;
             l.rows = (LabelRow *)realloc(l.rows, capacity * sizeof *l.rows);
             if (!l.rows) fail(STATUS_FAILED, "out of memory: %s has too many rows", path);
         }
-        l.rows[l.n++] = (LabelRow){strdup(value[0]), strdup(value[2]), strdup(value[4]), *value[1] ? (int)slice : -1, -1, 0, *value[3] && isfinite(target) ? target : NAN};
+        l.rows[l.n++] = (LabelRow){.file = strdup(value[0]), .label = strdup(value[2]), .patient = strdup(value[4]), .index = -1,
+                                   .slice = *value[1] ? (int)slice : -1, .target = *value[3] && isfinite(target) ? target : NAN};
     }
     free(line);
     fclose(file);
     if (l.n) qsort(l.rows, l.n, sizeof *l.rows, labels_order);
     for (int i = 1; i < l.n; i++)
-        if (!labels_order(&l.rows[i], &l.rows[i - 1])) fail(STATUS_DATA, "%s has two rows for %s%s; keep one", path, l.rows[i].file, l.rows[i].slice < 0 ? "" : " and the same slice");
+        if (!labels_order(&l.rows[i], &l.rows[i - 1]))
+            fail(STATUS_DATA, "%s has two rows for %s%s; keep one", path, l.rows[i].file, l.rows[i].slice < 0 ? "" : " and the same slice");
     labels_number(&l, path);
     return l;
 }
@@ -418,7 +432,8 @@ static void output_open(Output *out) {
     closedir(folder);
     out->report = open_memstream(&out->report_text, &out->report_bytes);
     if (!out->report) fail(STATUS_FAILED, "out of memory for the report");
-    fprintf(out->report, "number\tvolume\tpatient\tstatus\treason\tmodality\tplanes\tvoxels\tspacing_mm\torientation\tlow\thigh\tslices\tno_body\tconstant\tnotes\n");
+    fprintf(out->report, "number\tvolume\tpatient\tstatus\treason\tmodality\tplanes\tvoxels\t"
+                         "spacing_mm\torientation\tlow\thigh\tslices\tno_body\tconstant\tnotes\n");
 }
 
 static void output_close_shard(Output *out) {
@@ -465,7 +480,8 @@ static void output_patient(Output *out, uint64_t id) {
 // ---------------------------------------------------------------------------------------------------------------- volumes
 
 // Cuts a volume in one plane and adds its slices. Returns how many were kept; counts the dropped ones in *s's place.
-static int pack_plane(Output *out, Labels *labels, const Volume *v, const Input *in, ShardSlice s, int plane, float threshold, int *no_body, int *constant) {
+static int pack_plane(Output *out, Labels *labels, const Volume *v, const Input *in, ShardSlice s, int plane, float threshold, int *no_body,
+                      int *constant) {
     VolumeView w = volume_view(v, plane);
     int n = w.rows * w.cols, kept = 0;
     int16_t *pixels = (int16_t *)xmalloc(n * sizeof *pixels, "a slice");
@@ -529,14 +545,16 @@ static int native_plane(const Volume *v) {
         if (v->spacing[a] < v->spacing[shortest]) shortest = a;
         if (v->n[a] < v->n[thinnest]) thinnest = a;
     }
-    int across = v->spacing[longest] > 2 * v->spacing[shortest] ? v->axis[longest] : v->n[thinnest] < 16 ? v->axis[thinnest] : 2;
+    int uneven = v->spacing[longest] > 2 * v->spacing[shortest] && v->n[thinnest] > 1;  // a single slice has no spacing of its own
+    int across = uneven ? v->axis[longest] : v->n[thinnest] < 16 ? v->axis[thinnest] : 2;
     return across == 2 ? PLANE_AXIAL : across == 1 ? PLANE_CORONAL : PLANE_SAGITTAL;
 }
 
 // A line on stderr for people, with the file's name; a row of the report, without it.
 static void rejected(Output *out, const Input *in, uint64_t volume, uint64_t patient, const char *reason) {
     fprintf(stderr, "left out  %s: %s\n", in->path, reason);
-    fprintf(out->report, "%d\t%016llx\t%016llx\trejected\t%s\t\t\t\t\t\t\t\t0\t0\t0\t\n", out->files, (unsigned long long)volume, (unsigned long long)patient, reason);
+    fprintf(out->report, "%d\t%016llx\t%016llx\trejected\t%s\t\t\t\t\t\t\t\t0\t0\t0\t\n", out->files, (unsigned long long)volume,
+            (unsigned long long)patient, reason);
     out->named_bad |= in->named;
 }
 
@@ -545,10 +563,12 @@ static int pack_volume(Output *out, Labels *labels, Volume *v, const Input *in, 
     const Options *o = out->options;
     int modality = o->modality ? o->modality : v->low <= -500 ? MODALITY_CT : MODALITY_MR, no_body = 0, constant = 0, kept = 0;
     char planes[64] = "", orientation[4] = "";
-    if (modality == MODALITY_CT && v->low > -500) volume_note(v, "no value at or below -500: a CT without air, or its intercept is missing");
+    if (modality == MODALITY_CT && v->low > -500)
+        volume_note(v, "no value at or below -500: a CT without air, or its intercept is missing");
     if (modality == MODALITY_CT && v->high < 100) volume_note(v, "no value above 100 HU: a CT without bone?");
     float threshold = volume_threshold(v, modality);
-    ShardSlice s = {.volume_id = volume, .patient_id = patient, .scale = v->scale, .intercept = v->intercept, .modality = (uint8_t)modality};
+    ShardSlice s = {
+        .volume_id = volume, .patient_id = patient, .scale = v->scale, .intercept = v->intercept, .modality = (uint8_t)modality};
     int native = native_plane(v), small = 1;
     for (int plane = 0; plane < PLANE_COUNT; plane++) {
         VolumeView w = volume_view(v, plane);
@@ -564,12 +584,12 @@ static int pack_volume(Output *out, Labels *labels, Volume *v, const Input *in, 
         rejected(out, in, volume, patient, small ? "slices have fewer than 16 rows or columns" : "no slice with body in it");
         return 0;
     }
-    fprintf(stderr, "taken     %s: %s %dx%dx%d, %.3gx%.3gx%.3g mm, %s, %g to %g; %s: %d slices, dropped %d without body, %d constant%s%s\n", in->path,
-            modality_names[modality], v->n[0], v->n[1], v->n[2], v->spacing[0], v->spacing[1], v->spacing[2], orientation, v->low, v->high, planes, kept, no_body,
-            constant, *v->notes ? "; note: " : "", v->notes);
-    fprintf(out->report, "%d\t%016llx\t%016llx\ttaken\t\t%s\t%s\t%dx%dx%d\t%.4gx%.4gx%.4g\t%s\t%g\t%g\t%d\t%d\t%d\t%s\n", out->files, (unsigned long long)volume,
-            (unsigned long long)patient, modality_names[modality], planes, v->n[0], v->n[1], v->n[2], v->spacing[0], v->spacing[1], v->spacing[2], orientation,
-            v->low, v->high, kept, no_body, constant, v->notes);
+    fprintf(stderr, "taken     %s: %s %dx%dx%d, %.3gx%.3gx%.3g mm, %s, %g to %g; %s: %d slices, dropped %d without body, %d constant%s%s\n",
+            in->path, modality_names[modality], v->n[0], v->n[1], v->n[2], v->spacing[0], v->spacing[1], v->spacing[2], orientation, v->low,
+            v->high, planes, kept, no_body, constant, *v->notes ? "; note: " : "", v->notes);
+    fprintf(out->report, "%d\t%016llx\t%016llx\ttaken\t\t%s\t%s\t%dx%dx%d\t%.4gx%.4gx%.4g\t%s\t%g\t%g\t%d\t%d\t%d\t%s\n", out->files,
+            (unsigned long long)volume, (unsigned long long)patient, modality_names[modality], planes, v->n[0], v->n[1], v->n[2],
+            v->spacing[0], v->spacing[1], v->spacing[2], orientation, v->low, v->high, kept, no_body, constant, v->notes);
     out->no_body += no_body;
     out->constant += constant;
     out->volumes[modality]++;
@@ -583,7 +603,8 @@ static void pack_nifti(Output *out, Labels *labels, Options *o, const Input *in)
     int64_t volumes = nifti_volumes(in->path, reason, sizeof reason);
     int known = patient_of(o, labels, in->name, key, sizeof key) == 0, taken = 0, images = 0;
     uint64_t patient = known ? siphash(o->salt, key, strlen(key)) : 0;
-    int64_t first = o->fourd == FOURD_MID && volumes > 0 ? volumes / 2 : 0, last = o->fourd == FOURD_ALL && volumes > 0 ? volumes - 1 : first;
+    int64_t first = o->fourd == FOURD_MID && volumes > 0 ? volumes / 2 : 0,
+            last = o->fourd == FOURD_ALL && volumes > 0 ? volumes - 1 : first;
     for (int64_t i = first; i <= last; i++) {
         snprintf(key, sizeof key, "%s#%lld", in->same_name ? in->path : in->name, (long long)i);
         uint64_t volume = siphash(o->salt, key, strlen(key));
@@ -614,7 +635,9 @@ static void pack(Options *o, char **arguments, int n) {
     for (int i = 0; i < list.n; i++) {
         list.at[i].kind = sniff(list.at[i].path);
         if (list.at[i].kind == KIND_NIFTI && !NIFTI_BUILT)
-            fail(STATUS_FAILED, "%s is NIfTI, and this prep was built without niftilib; install it (apt-get install libnifti2-dev) and run make again", list.at[i].path);
+            fail(STATUS_FAILED,
+                 "%s is NIfTI, and this prep was built without niftilib; install it (apt-get install libnifti2-dev) and run make again",
+                 list.at[i].path);
     }
     Output out = {.options = o, .class_names = labels.names};
     output_open(&out);
@@ -629,7 +652,9 @@ static void pack(Options *o, char **arguments, int n) {
         else {
             if (kind == KIND_MISSING) snprintf(reason, sizeof reason, "cannot be opened; see that it is there and readable");
             else if (kind == KIND_OTHER) snprintf(reason, sizeof reason, "not an image format that prep knows");
-            else snprintf(reason, sizeof reason, "%s, which this prep cannot read yet; convert it to NIfTI (dcm2niix, or SimpleITK)", later[kind]);
+            else
+                snprintf(reason, sizeof reason, "%s, which this prep cannot read yet; convert it to NIfTI (dcm2niix, or SimpleITK)",
+                         later[kind]);
             out.later += kind > KIND_NIFTI && kind < KIND_MISSING;
             out.rejected += kind == KIND_OTHER || kind == KIND_MISSING;
             rejected(&out, in, 0, 0, reason);
@@ -641,13 +666,16 @@ static void pack(Options *o, char **arguments, int n) {
     output_close(&out);
     int unused = 0;
     for (int i = 0; i < labels.n; i++) unused += !labels.rows[i].used;
-    if (unused) warn("%d of %d rows of %s match no stored slice (first columns: file and slice, as --help says)", unused, labels.n, o->labels);
-    fprintf(stderr, "%d files: %d taken, %d left out (%d label images), %d in a format that comes later, %d not images\n", out.files, out.accepted, out.rejected,
-            out.label_images, out.later, out.other);
-    fprintf(stderr, "%lld CT and %lld MR volumes of %d patients: %lld slices in %d shards; dropped %lld slices without body and %lld constant\n",
-            (long long)out.volumes[MODALITY_CT], (long long)out.volumes[MODALITY_MR], out.n_patients, (long long)out.slices, out.shards, (long long)out.no_body,
-            (long long)out.constant);
-    if (out.n_patients == 1 && out.accepted > 20) warn("all %d files are of one patient by --patient-from; see --help if that is wrong", out.accepted);
+    if (unused)
+        warn("%d of %d rows of %s match no stored slice (first columns: file and slice, as --help says)", unused, labels.n, o->labels);
+    fprintf(stderr, "%d files: %d taken, %d left out (%d label images), %d in a format that comes later, %d not images\n", out.files,
+            out.accepted, out.rejected, out.label_images, out.later, out.other);
+    fprintf(stderr,
+            "%lld CT and %lld MR volumes of %d patients: %lld slices in %d shards; dropped %lld slices without body and %lld constant\n",
+            (long long)out.volumes[MODALITY_CT], (long long)out.volumes[MODALITY_MR], out.n_patients, (long long)out.slices, out.shards,
+            (long long)out.no_body, (long long)out.constant);
+    if (out.n_patients == 1 && out.accepted > 20)
+        warn("all %d files are of one patient by --patient-from; see --help if that is wrong", out.accepted);
     if (out.slices == 0) fail(STATUS_DATA, "no usable volume in %s%s; the lines above say why", arguments[0], n > 1 ? " ..." : "");
     if (out.named_bad) fail(STATUS_DATA, "a file named on the command line was left out, as said above; the others are in %s", o->out);
 }
@@ -681,14 +709,15 @@ static void show_info(char **arguments, int n) {
     for (int f = 0; f < list.n; f++) {
         const char *path = list.at[f].path;
         Dataset *d = dataset_open(&path, 1);
-        printf("# %s: version %d, %llu slices, %.1f MB, identity %016llx\n", path, SHARD_VERSION, (unsigned long long)d->count, d->shards[0].bytes / 1e6,
-               (unsigned long long)dataset_identity(d));
+        printf("# %s: version %d, %llu slices, %.1f MB, identity %016llx\n", path, SHARD_VERSION, (unsigned long long)d->count,
+               d->shards[0].bytes / 1e6, (unsigned long long)dataset_identity(d));
         char *name;
         for (int c = 0; (name = dataset_class_name(d, c)); c++) {
             printf("# class %d: %s\n", c, name);
             free(name);
         }
-        printf("volume\tpatient\tmodality\tplane\tslices\trows\tcols\tspacing_row\tspacing_col\tspacing_slice\tscale\tintercept\tmean\tstd\tlabel_first\tlabel_last\n");
+        printf("volume\tpatient\tmodality\tplane\tslices\trows\tcols\t"
+               "spacing_row\tspacing_col\tspacing_slice\tscale\tintercept\tmean\tstd\tlabel_first\tlabel_last\n");
         for (uint64_t i = 0, next; i < d->count; i = next) {
             const ShardSlice *s = dataset_slice(d, i, NULL, NULL), *last = s;
             for (next = i + 1; next < d->count; next++) {
@@ -696,9 +725,10 @@ static void show_info(char **arguments, int n) {
                 if (t->volume_id != s->volume_id || t->plane != s->plane) break;
                 last = t;
             }
-            printf("%016llx\t%016llx\t%s\t%s\t%llu\t%d\t%d\t%.4g\t%.4g\t%.4g\t%g\t%g\t%.6g\t%.6g\t%d\t%d\n", (unsigned long long)s->volume_id,
-                   (unsigned long long)s->patient_id, modality_names[s->modality], plane_names[s->plane], (unsigned long long)(next - i), s->rows, s->cols,
-                   s->spacing_row, s->spacing_col, s->spacing_slice, s->scale, s->intercept, s->volume_mean, s->volume_std, s->label, last->label);
+            printf("%016llx\t%016llx\t%s\t%s\t%llu\t%d\t%d\t%.4g\t%.4g\t%.4g\t%g\t%g\t%.6g\t%.6g\t%d\t%d\n",
+                   (unsigned long long)s->volume_id, (unsigned long long)s->patient_id, modality_names[s->modality], plane_names[s->plane],
+                   (unsigned long long)(next - i), s->rows, s->cols, s->spacing_row, s->spacing_col, s->spacing_slice, s->scale,
+                   s->intercept, s->volume_mean, s->volume_std, s->label, last->label);
         }
         dataset_close(d);
     }
@@ -713,7 +743,8 @@ static void make_phantom(const Options *o) {
     phantom_make(path, o->seed, o->patients, 0);
     snprintf(path, sizeof path, "%s/eval", o->out);
     phantom_make(path, o->seed, held_out, o->patients);
-    fprintf(stderr, "%d phantom patients in %s/train and %d others in %s/eval, %.1f s\n", o->patients, o->out, held_out, o->out, seconds_now() - start);
+    fprintf(stderr, "%d phantom patients in %s/train and %d others in %s/eval, %.1f s\n", o->patients, o->out, held_out, o->out,
+            seconds_now() - start);
 }
 
 int main(int argc, char **argv) {

@@ -73,7 +73,9 @@ static inline int volume_is_labels(const void *data, int type, const int n[3], d
     return distinct <= 8 || (distinct <= 150 && 2 * equal >= pairs);
 }
 
-static inline int raw_order(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+static inline int raw_order(const void *a, const void *b) {
+    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
 
 // The 99.99th percentile of the numbers among the voxels, from at most about a million of them, evenly spaced.
 static inline double raw_top(const void *data, int type, size_t count) {
@@ -165,7 +167,8 @@ static inline void volume_slice(const Volume *v, int plane, int number, int16_t 
     int64_t base = (v->flip[w.normal] ? w.slices - 1 - number : number) * stride[w.normal];
     for (int r = 0; r < w.rows; r++) {
         int64_t row = base + (down_flip ? w.rows - 1 - r : r) * stride[w.down];
-        for (int c = 0; c < w.cols; c++) out[(int64_t)r * w.cols + c] = v->pixels[row + (across_flip ? w.cols - 1 - c : c) * stride[w.across]];
+        for (int c = 0; c < w.cols; c++)
+            out[(int64_t)r * w.cols + c] = v->pixels[row + (across_flip ? w.cols - 1 - c : c) * stride[w.across]];
     }
 }
 

@@ -1,10 +1,12 @@
-"""evaluate's probes against scikit-learn.
+"""evaluate against scikit-learn and, where it is installed, transformers.
 
-  python evaluate_oracle.py ./test_evaluate [--speed]
+  python evaluate_oracle.py ./test_evaluate [./evaluate] [--speed]
 
 Makes problems (uneven classes, ties, a class without a training or test row, constant columns, wide and separable data), lets
 `./test_evaluate --case FILE` solve each, and compares: kNN predictions and scores, macro AUROC, balanced accuracy, the loss of
-logistic regression at its minimum, and the linear probe. Ends with `N passed, N failed`. --speed times a larger problem.
+logistic regression at its minimum, and the linear probe. With ./evaluate, its extracted features are compared with those of
+transformers (float64) on slices that PyTorch resizes, clips and z-scores. Ends with `N passed, N failed`. --speed times a
+larger problem.
 """
 import os, struct, subprocess, sys, tempfile, time, warnings
 import numpy as np
@@ -137,8 +139,50 @@ def compare(program, title, x, y, classes, n_train, k, C):
         check(c["logistic.converged"] and abs(c["logistic.loss"] - loss) < 1e-6, f"{title}: logistic loss of two classes {c['logistic.loss']:.12g}, {loss:.12g}")
 
 
+def compare_features(program, evaluate):
+    """Extracted features of two small models, with SwiGLU and with registers, within 1e-5 (relative L2) of transformers'."""
+    try:
+        import torch
+        from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    except ImportError as missing:
+        print(f"features are not compared: {missing}")
+        return
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, layerscale_value=1.0)
+    models = {"swiglu": Dinov2Model(Dinov2Config(num_channels=1, use_swiglu_ffn=True, **size)),
+              "registers": Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_channels=3, num_register_tokens=3, **size))}
+    with tempfile.TemporaryDirectory() as folder:
+        shard = f"{folder}/a.shard"
+        subprocess.run([program, "--shard", shard], check=True)
+        pixels = np.fromfile(shard, "<i2", 60 * 480, offset=128).reshape(60, 24, 20)      # 960 bytes a slice: no zeros between
+        values = torch.tensor(2.0 * pixels - 1100)[:, None]
+        for name, model in models.items():
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+            model.eval().save_pretrained(f"{folder}/{name}")
+            model.double()
+            skip = 1 + getattr(model.config, "num_register_tokens", 0)
+            for norm, clip, side in (("slice", 1, 32), ("slice", 0, 48), ("volume", 1, 48), ("volume", 0, 32)):
+                subprocess.run([evaluate, "--model", f"{folder}/{name}", "--data", shard, "--extract", f"{folder}/f", "--feature", "cls+mean",
+                                "--norm", norm, "--clip-air", str(clip), "--size", str(side)], check=True, capture_output=True)
+                x = torch.nn.functional.interpolate(values, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+                if clip:
+                    x = x.clamp_min(-1000)
+                mean, std = (x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True)) if norm == "slice" else ((-890, 150) if clip else (-960, 200))
+                x = ((x - mean) / std).repeat(1, model.config.num_channels, 1, 1)
+                with torch.no_grad():
+                    y = model(pixel_values=x).last_hidden_state
+                expected = torch.cat([y[:, 0], y[:, skip:].mean(1)], 1).numpy()
+                found = np.load(f"{folder}/f.npy")
+                error = np.linalg.norm(found - expected) / np.linalg.norm(expected) if found.shape == expected.shape else np.inf
+                check(error < 1e-5, f"features of {name}, norm {norm}, clip {clip}, {side} pixels: relative error {error:.3g}")
+
+
 def main():
-    program = os.path.abspath(sys.argv[1])
+    program, *rest = [os.path.abspath(a) for a in sys.argv[1:] if not a.startswith("--")]
+    if rest:
+        compare_features(program, rest[0])
     rng = np.random.default_rng(0)
     for dim, classes, n, n_train in ((5, 3, 120, 60), (33, 6, 400, 250), (200, 4, 160, 90), (64, 2, 200, 100)):
         for C in (1e-3, 0.1, 10):

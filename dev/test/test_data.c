@@ -1,5 +1,6 @@
 /*
-Tests of dataloader.h, prep/anatomy.h and prep/phantom.h. Prints a line for each failure, then `N passed, N failed`; exit status 1 if any failed.
+Tests of dataloader.h, prep/anatomy.h and prep/phantom.h. Prints a line for each failure, then
+`N passed, N failed`; exit status 1 if any failed.
 
   gcc -std=gnu11 -O2 -I. dev/test/test_data.c -o test_data -lpthread -lm && ./test_data
 
@@ -76,8 +77,10 @@ static void test_order(void) {
             in_place += at == k;
         }
         check(!bad, "epoch_index over %llu is not a permutation: %llu positions clash", (unsigned long long)n, (unsigned long long)bad);
-        if (n >= 1000) check(same_epoch < 20 && same_seed < 20 && in_place < 20, "epoch_index over %llu repeats: %llu, %llu, %llu fixed points (1 expected)",
-                             (unsigned long long)n, (unsigned long long)same_epoch, (unsigned long long)same_seed, (unsigned long long)in_place);
+        if (n >= 1000)
+            check(same_epoch < 20 && same_seed < 20 && in_place < 20,
+                  "epoch_index over %llu repeats: %llu, %llu, %llu fixed points (1 expected)", (unsigned long long)n,
+                  (unsigned long long)same_epoch, (unsigned long long)same_seed, (unsigned long long)in_place);
         free(seen);
     }
     // 4e8: the first 2^20 images differ pairwise, lie in range, and fill 64 bins evenly.
@@ -100,15 +103,36 @@ static void test_order(void) {
     free(seen);
     // Small counts must not favour an order: all 6 of 3, over seeds.
     int orders[27] = {0}, least = 1 << 30;
-    for (uint64_t seed = 0; seed < 6000; seed++) orders[epoch_index(seed, 0, 0, 3) * 9 + epoch_index(seed, 0, 1, 3) * 3 + epoch_index(seed, 0, 2, 3)]++;
+    for (uint64_t seed = 0; seed < 6000; seed++)
+        orders[epoch_index(seed, 0, 0, 3) * 9 + epoch_index(seed, 0, 1, 3) * 3 + epoch_index(seed, 0, 2, 3)]++;
     for (int i = 0; i < 27; i++) if (orders[i] && orders[i] < least) least = orders[i];
     check(least > 700, "epoch_index over 3: one of the orders comes %d times in 6000, and 1000 is expected", least);
 }
 
 static ShardSlice example(int rows, int cols, int i) {
-    return (ShardSlice){.volume_id = 10 + i / 3, .patient_id = 5, .rows = rows, .cols = cols, .slice_number = i % 3, .volume_slices = 3, .spacing_row = 1, .spacing_col = 1.5f,
-                        .spacing_slice = 3, .scale = 0.5f, .intercept = -1, .modality = MODALITY_CT, .plane = PLANE_AXIAL, .box_bottom = rows, .box_right = cols,
-                        .centre_row = 1, .centre_col = 1, .spread_row = 1, .spread_col = 1, .label = i % 2, .target = NAN, .volume_std = 1, .volume_std_clipped = 1};
+    return (ShardSlice){.volume_id = 10 + i / 3,
+                        .patient_id = 5,
+                        .rows = rows,
+                        .cols = cols,
+                        .slice_number = i % 3,
+                        .volume_slices = 3,
+                        .spacing_row = 1,
+                        .spacing_col = 1.5f,
+                        .spacing_slice = 3,
+                        .scale = 0.5f,
+                        .intercept = -1,
+                        .modality = MODALITY_CT,
+                        .plane = PLANE_AXIAL,
+                        .box_bottom = rows,
+                        .box_right = cols,
+                        .centre_row = 1,
+                        .centre_col = 1,
+                        .spread_row = 1,
+                        .spread_col = 1,
+                        .label = i % 2,
+                        .target = NAN,
+                        .volume_std = 1,
+                        .volume_std_clipped = 1};
 }
 
 // A shard of n slices, the odd ones with a mask; pixel j of slice i is 100 i + j + first.
@@ -201,16 +225,26 @@ static void test_shards(void) {
         misnamed += !one_line() || !strstr(text, bad);
         data[i] ^= 0x41;
     }
-    check(missed == 0 && misnamed == 0, "through the dataset: %d flips not refused with status 3, %d without one line that names the file", missed, misnamed);
+    check(missed == 0 && misnamed == 0, "through the dataset: %d flips not refused with status 3, %d without one line that names the file",
+          missed, misnamed);
     // Records that make no sense under checksums that are right.
     const ShardHeader *h = (const ShardHeader *)data;
-    struct { size_t at; uint32_t value; const char *what; } wrongs[] = {
-        {offsetof(ShardSlice, rows), 0, "0 rows"}, {offsetof(ShardSlice, cols), 1 << 20, "a million columns"}, {offsetof(ShardSlice, rows), 0xffffffff, "-1 rows"},
-        {offsetof(ShardSlice, rows), 20000, "more rows than there are pixels"}, {offsetof(ShardSlice, scale), 0x7f800000, "an infinite scale"},
-        {offsetof(ShardSlice, scale), 0x7fc00000, "a scale that is NaN"}, {offsetof(ShardSlice, scale), 0, "a scale of 0"}, {offsetof(ShardSlice, pixel_offset), 1 << 30, "pixels outside"},
-        {offsetof(ShardSlice, mask_offset), 4, "a mask elsewhere"}, {offsetof(ShardSlice, box_right), 1000, "a box outside"}, {offsetof(ShardSlice, spread_row), 0, "no spread"},
-        {offsetof(ShardSlice, centre_col), 0x7fc00000, "a centre that is NaN"}, {offsetof(ShardSlice, spacing_row), 0x80000000, "a spacing of -0"},
-        {offsetof(ShardSlice, slice_number), 9, "slice 9 of 3"}, {offsetof(ShardSlice, volume_std), 0xbf800000, "a negative deviation"}};
+    struct { size_t at; uint32_t value; const char *what;
+    } wrongs[] = {{offsetof(ShardSlice, rows), 0, "0 rows"},
+                  {offsetof(ShardSlice, cols), 1 << 20, "a million columns"},
+                  {offsetof(ShardSlice, rows), 0xffffffff, "-1 rows"},
+                  {offsetof(ShardSlice, rows), 20000, "more rows than there are pixels"},
+                  {offsetof(ShardSlice, scale), 0x7f800000, "an infinite scale"},
+                  {offsetof(ShardSlice, scale), 0x7fc00000, "a scale that is NaN"},
+                  {offsetof(ShardSlice, scale), 0, "a scale of 0"},
+                  {offsetof(ShardSlice, pixel_offset), 1 << 30, "pixels outside"},
+                  {offsetof(ShardSlice, mask_offset), 4, "a mask elsewhere"},
+                  {offsetof(ShardSlice, box_right), 1000, "a box outside"},
+                  {offsetof(ShardSlice, spread_row), 0, "no spread"},
+                  {offsetof(ShardSlice, centre_col), 0x7fc00000, "a centre that is NaN"},
+                  {offsetof(ShardSlice, spacing_row), 0x80000000, "a spacing of -0"},
+                  {offsetof(ShardSlice, slice_number), 9, "slice 9 of 3"},
+                  {offsetof(ShardSlice, volume_std), 0xbf800000, "a negative deviation"}};
     for (int i = 0; i < (int)(sizeof wrongs / sizeof *wrongs); i++) {
         uint8_t *copy = malloc(bytes);
         memcpy(copy, data, bytes);
@@ -222,10 +256,13 @@ static void test_shards(void) {
         check(shard_check(bad, reason, sizeof reason) && strstr(reason, "slice 0"), "a record with %s is taken", wrongs[i].what);
         free(copy);
     }
-    struct { size_t at; uint64_t value; const char *what, *says; } headers[] = {
-        {offsetof(ShardHeader, version), 2 | (uint64_t)sizeof(ShardSlice) << 32, "version 2", "version 2"}, {offsetof(ShardHeader, slices), UINT64_MAX / 100, "too many slices", "outside"},
-        {offsetof(ShardHeader, index_offset), 0, "an index at 0", "outside"}, {offsetof(ShardHeader, index_offset), (uint64_t)1 << 62, "an index far away", "outside"},
-        {offsetof(ShardHeader, slices), 6, "a slice too few", "outside"}, {offsetof(ShardHeader, names_bytes), 1, "fewer names", "outside"}};
+    struct { size_t at; uint64_t value; const char *what, *says;
+    } headers[] = {{offsetof(ShardHeader, version), 2 | (uint64_t)sizeof(ShardSlice) << 32, "version 2", "version 2"},
+                   {offsetof(ShardHeader, slices), UINT64_MAX / 100, "too many slices", "outside"},
+                   {offsetof(ShardHeader, index_offset), 0, "an index at 0", "outside"},
+                   {offsetof(ShardHeader, index_offset), (uint64_t)1 << 62, "an index far away", "outside"},
+                   {offsetof(ShardHeader, slices), 6, "a slice too few", "outside"},
+                   {offsetof(ShardHeader, names_bytes), 1, "fewer names", "outside"}};
     for (int i = 0; i < (int)(sizeof headers / sizeof *headers); i++) {
         uint8_t *copy = malloc(bytes);
         memcpy(copy, data, bytes);
@@ -277,7 +314,8 @@ static void test_dataset(void) {
     check(bad == 0, "%d slices wrong, or more than %d shards open", bad, DATASET_MAX_OPEN);
     check(status_of(ask_class, d) == STATUS_DATA && one_line(), "shards with different class names: %s", text);
     Dataset *e = dataset_open(two, 2), *f = dataset_open(other, 2);
-    check(dataset_identity(e) != dataset_identity(f) && dataset_identity(e) != dataset_identity(d), "identity does not see the order of shards");
+    check(dataset_identity(e) != dataset_identity(f) && dataset_identity(e) != dataset_identity(d),
+          "identity does not see the order of shards");
     rename(two[0], in_folder("moved.shard"));
     two[0] = in_folder("moved.shard");
     Dataset *g = dataset_open(two, 2);
@@ -291,7 +329,8 @@ static void test_dataset(void) {
     dataset_close(d);
     rename(two[0], in_folder("many/39.shard"));
     d = dataset_open(&many, 1);
-    check(status_of(wait_prefetch, d) == STATUS_DATA && text[0] == '.' && one_line() && strstr(text, "many/01.shard is damaged") && strstr(text, "slice 1"),
+    check(status_of(wait_prefetch, d) == STATUS_DATA && text[0] == '.' && one_line() && strstr(text, "many/01.shard is damaged") &&
+              strstr(text, "slice 1"),
           "prefetch of a flipped pixel says: %s", text);
     Prefetch *p = prefetch_start(d);
     uint64_t list[100];
@@ -302,7 +341,8 @@ static void test_dataset(void) {
     }
     prefetch_wait(p);
     prefetch_stop(p);
-    check(status_of(open_nothing, (void *)in_folder("empty")) == STATUS_DATA && one_line() && strstr(text, "no *.shard"), "an empty folder: %s", text);
+    check(status_of(open_nothing, (void *)in_folder("empty")) == STATUS_DATA && one_line() && strstr(text, "no *.shard"),
+          "an empty folder: %s", text);
     check(status_of(open_nothing, (void *)in_folder("absent")) == STATUS_DATA && one_line(), "an absent folder: %s", text);
     dataset_close(d);
     dataset_close(e);
@@ -337,7 +377,8 @@ static void test_weights(void) {
             for (int i = 0; i < 14; i++) if ((i < 5 ? 0 : i < 12 ? 1 : 2) == set) bad += set_seen[i] != drawn[set] / counts[set];
     }
     check(worst <= 2, "the counts of a mixture stray by %.2f from its weights", worst);
-    check(drawn[0] == 50000 && fabs(drawn[1] - 30000) <= 1 && fabs(drawn[2] - 20000) <= 1, "of 100000: %.0f, %.0f, %.0f", drawn[0], drawn[1], drawn[2]);
+    check(drawn[0] == 50000 && fabs(drawn[1] - 30000) <= 1 && fabs(drawn[2] - 20000) <= 1, "of 100000: %.0f, %.0f, %.0f", drawn[0],
+          drawn[1], drawn[2]);
     check(bad == 0, "a set of a mixture does not walk its own epochs");
     const double zero[3] = {0, 2, 0};
     dataset_set_weights(d, zero, 3);
@@ -376,9 +417,11 @@ static void test_anatomy(void) {
     for (int c = 0; c < C; c++) v[30 * C + c] = 100;                                    // a table one pixel thick
     ShardSlice s;
     double part = slice_anatomy(v, R, C, anatomy_threshold(v, R * C, MODALITY_CT), &s);
-    check(s.box_top == 10 && s.box_bottom == 21 && s.box_left == 20 && s.box_right == 41, "box %d %d %d %d", s.box_top, s.box_left, s.box_bottom, s.box_right);
+    check(s.box_top == 10 && s.box_bottom == 21 && s.box_left == 20 && s.box_right == 41, "box %d %d %d %d", s.box_top, s.box_left,
+          s.box_bottom, s.box_right);
     check(fabs(s.centre_row - 15.5) < 1e-5 && fabs(s.centre_col - 30.5) < 1e-5, "centre %g %g", s.centre_row, s.centre_col);
-    check(fabs(s.spread_row - sqrt((9 * 9 - 1) / 12.0)) < 1e-5 && fabs(s.spread_col - sqrt((19 * 19 - 1) / 12.0)) < 1e-5, "spread %g %g", s.spread_row, s.spread_col);
+    check(fabs(s.spread_row - sqrt((9 * 9 - 1) / 12.0)) < 1e-5 && fabs(s.spread_col - sqrt((19 * 19 - 1) / 12.0)) < 1e-5, "spread %g %g",
+          s.spread_row, s.spread_col);
     check(fabs(part - (11 * 21 + 60) / 2400.0) < 1e-9, "foreground %g", part);
     for (int i = 0; i < R * C; i++) v[i] = -1000;
     slice_anatomy(v, R, C, -500, &s);
@@ -391,7 +434,8 @@ static void test_anatomy(void) {
     const float x[5] = {-2000, -1000, 0, 1000, 3000};
     moments_add(&m, x, 2, -1000);
     moments_add(&m, x + 2, 3, -1000);
-    check(m.count == 5 && fabs(m.mean - 400) < 1e-9 && fabs(moments_std(&m) - sqrt(11200000 / 4.0)) < 1e-6, "mean %g, deviation %g", m.mean, moments_std(&m));
+    check(m.count == 5 && fabs(m.mean - 400) < 1e-9 && fabs(moments_std(&m) - sqrt(11200000 / 4.0)) < 1e-6, "mean %g, deviation %g", m.mean,
+          moments_std(&m));
 }
 
 static void test_phantom(void) {
@@ -414,7 +458,8 @@ static void test_phantom(void) {
         for (uint64_t j = 0; j < dataset_count(d[3]); j++) shared += dataset_slice(d[3], j, NULL, NULL)->patient_id == s->patient_id;
     }
     for (int c = 0; c < PHANTOM_REGIONS; c++) bad += classes[c] < 8;
-    check(!shared && !bad && planes[PLANE_AXIAL] && planes[PLANE_CORONAL] + planes[PLANE_SAGITTAL], "phantom: %d shared patients, %d odd slices or classes", shared, bad);
+    check(!shared && !bad && planes[PLANE_AXIAL] && planes[PLANE_CORONAL] + planes[PLANE_SAGITTAL],
+          "phantom: %d shared patients, %d odd slices or classes", shared, bad);
     char *name = dataset_class_name(d[0], REGION_PELVIS);
     check(name && !strcmp(name, "pelvis"), "class 4 is called %s", name ? name : "nothing");
     free(name);

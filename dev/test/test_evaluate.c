@@ -5,6 +5,7 @@ line, errors and outputs. Each check prints a line where it fails; the end is `N
   ./test_evaluate                       the functions
   ./test_evaluate PROGRAM               and the program (./evaluate), on a small model and shards of its own
   ./test_evaluate --case FILE           one problem solved, for dev/oracle/evaluate_oracle.py; prints what that compares
+  ./test_evaluate --shard FILE          the shard of the tests, for the same
 
   gcc -O2 -fopenmp dev/test/test_evaluate.c -o test_evaluate -lm -lpthread
 */
@@ -361,10 +362,9 @@ static void write_checkpoint(const char *path) {
     file_close(f, name);
 }
 
-// patients x 6 slices of 24 x 20 pixels; class k is a bright stripe at its own height. labelled 0: no labels; classes 1: one class.
-static void write_shard(const char *name, int patients, int labelled, int classes) {
-    char path[256];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
+// patients x 6 slices of 24 x 20 pixels, value 2 p - 1100; class k is a bright stripe at its own height. labelled 0: no labels;
+// classes 1: one class.
+static void write_shard(const char *path, int patients, int labelled, int classes) {
     ShardWriter w;
     shard_writer_open(&w, path);
     for (int i = 0; i < patients * 6; i++) {
@@ -374,9 +374,9 @@ static void write_shard(const char *name, int patients, int labelled, int classe
         for (int y = 0; y < 24; y++)
             for (int x = 0; x < 20; x++) pixels[y * 20 + x] = (int16_t)(20 * rng_normal(&r) + (y / 8 == k ? 200 : 0));
         ShardSlice s = {.volume_id = 100 + (uint64_t)i / 3, .patient_id = 7 + (uint64_t)i / 6, .rows = 24, .cols = 20, .slice_number = i % 3,
-                        .volume_slices = 3, .spacing_row = 1, .spacing_col = 1, .spacing_slice = 1, .scale = 1, .modality = MODALITY_MR,
+                        .volume_slices = 3, .spacing_row = 1, .spacing_col = 1, .spacing_slice = 1, .scale = 2, .intercept = -1100, .modality = MODALITY_MR,
                         .box_bottom = 24, .box_right = 20, .centre_row = 12, .centre_col = 10, .spread_row = 6, .spread_col = 5,
-                        .label = labelled && i % 6 != 5 ? 3 + k : -1, .target = NAN, .volume_mean = 60, .volume_std = 100, .volume_mean_clipped = 60, .volume_std_clipped = 100};
+                        .label = labelled && i % 6 != 5 ? 3 + k : -1, .target = NAN, .volume_mean = -960, .volume_std = 200, .volume_mean_clipped = -890, .volume_std_clipped = 150};
         shard_writer_add(&w, &s, pixels, NULL);
     }
     shard_writer_close(&w, labelled ? "a\nb\nc\nupper\nmiddle\tpart\nlower\n" : NULL);
@@ -398,17 +398,17 @@ static const char *field(const char *text, int row, const char *column) {
 static void test_program(const char *program) {
     snprintf(folder, sizeof folder, "/tmp/test_evaluate.XXXXXX");
     if (!mkdtemp(folder)) fail(STATUS_FAILED, "%s: %s", folder, strerror(errno));
-    char path[256];
+    char path[PATH_SIZE];
     snprintf(path, sizeof path, "%s/hf", folder);
     write_model(path);
     snprintf(path, sizeof path, "%s/run/step-00000020", folder);
     write_checkpoint(path);
     snprintf(path, sizeof path, "%s/run/step-00000100", folder);
     write_checkpoint(path);
-    write_shard("good.shard", 10, 1, 3);
-    write_shard("alone.shard", 1, 1, 3);
-    write_shard("same.shard", 4, 1, 1);
-    write_shard("plain.shard", 2, 0, 3);
+    write_shard(path_join(path, folder, "good.shard"), 10, 1, 3);
+    write_shard(path_join(path, folder, "alone.shard"), 1, 1, 3);
+    write_shard(path_join(path, folder, "same.shard"), 4, 1, 1);
+    write_shard(path_join(path, folder, "plain.shard"), 2, 0, 3);
 
     check(run("", program, "--help") == 0, "--help");
     check(run("", program, "--model hf --data good.shard --random-init --feature mean") == 0, "a whole run: %s", slurp("err"));
@@ -425,7 +425,7 @@ static void test_program(const char *program) {
     out = slurp("out");
     char *err = slurp("err");
     check(strstr(err, "run/step-00000100/teacher") != NULL, "the newest checkpoint with weights: %s", err);
-    check(!strcmp(field(out, 1, "patients_test"), "2") && !strcmp(field(out, 1, "size"), "16") && !strcmp(field(out, 1, "norm"), "volume") &&
+    check(!strcmp(field(out, 1, "patients_test"), "2") && !strcmp(field(out, 1, "n_test"), "10") && !strcmp(field(out, 1, "size"), "16") && !strcmp(field(out, 1, "norm"), "volume") &&
           !strcmp(field(out, 1, "clip_air"), "0") && !strcmp(field(out, 1, "feature"), "cls+mean"), "options: %s", out);
     check(run("", program, "--model run/step-00000020 --data good.shard --protocol knn") == 0, "a checkpoint's folder");
 
@@ -439,6 +439,15 @@ static void test_program(const char *program) {
     check(!strcmp(field(tsv, 2, "class"), "middle part") && !strcmp(field(tsv, 2, "label"), "4") && !strcmp(field(tsv, 6, "label"), "-1") &&
           !strcmp(field(tsv, 120, "row"), "119") && !strcmp(field(tsv, 1, "modality"), "MR") && !strcmp(field(tsv, 1, "patient"), "0000000000000007"), "the .tsv");
     check(!file_there("both.npy.partial"), "a temporary file was left");
+    const char *parts[2] = {"cls", "mean"};
+    for (int i = 0; i < 2; i++) {
+        char arguments[128];
+        snprintf(arguments, sizeof arguments, "--model hf --data good.shard --extract part --feature %s", parts[i]);
+        check(run("", program, arguments) == 0, "extract of %s", parts[i]);
+        char *part = slurp("part.npy");
+        check(strstr(part + 10, "(60, 32)") && !memcmp(part + 128 + 7 * 128, npy + 128 + 7 * 256 + i * 128, 128), "cls+mean is not cls, then mean: %s", parts[i]);
+        free(part);
+    }
     check(run("", program, "--model hf --data plain.shard --extract plain") == 0 && file_there("plain.npy"), "extract without labels: %s", slurp("err"));
     check(run("", program, "--model hf --data alone.shard --extract alone") == 0 && file_there("alone.npy"), "extract of one patient");
 
@@ -537,6 +546,10 @@ static void solve_case(const char *path) {
 int main(int argc, char **argv) {
     if (argc == 3 && !strcmp(argv[1], "--case")) {
         solve_case(argv[2]);
+        return 0;
+    }
+    if (argc == 3 && !strcmp(argv[1], "--shard")) {
+        write_shard(argv[2], 10, 1, 3);
         return 0;
     }
     test_auroc();
