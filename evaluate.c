@@ -383,8 +383,8 @@ static void score_features(const char *model, const Study *s, const Config *c, c
         }
         printf("\tlabel\t%s\t%s\t%s\t%d\t%zu\t%zu\t%zu\t%zu\t%d\t%.6f\t%.6f\t%.6f\t%.6f\t%d\t%lld\t%llu\t%s\n",
                protocol == PROTOCOL_KNN ? "knn" : "linear", o->feature_name, o->norm == NORMALIZE_VOLUME ? "volume" : "slice",
-               c->data_clip_below_air, s->n_train, n, s->patients_train, s->patients_test, s->classes, majority, accuracy(predicted, truth, n), balanced_accuracy(predicted, truth, n, s->classes),
-               area, used, c->crops_global_size, (unsigned long long)o->seed, setting);
+               c->data_clip_below_air, s->n_train, n, s->patients_train, s->patients_test, s->classes, majority,
+               accuracy(predicted, truth, n), balanced_accuracy(predicted, truth, n, s->classes), area, used, c->crops_global_size, (unsigned long long)o->seed, setting);
         fflush(stdout);
     }
     free(scores);

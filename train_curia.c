@@ -853,8 +853,8 @@ static void render_view(real *out, const Config *c, const Slice *s, const View *
         std = n > 1 ? sqrt(square / (n - 1)) : 0;
     }
     double inverse = std < 1e-6 ? 1 : 1 / std;          // a constant image is only centred
-    real gain = (real)(v->contrast * inverse), offset = (real)(v->brightness - mean * v->contrast * inverse);
-    for (int i = 0; i < n; i++) out[i] = out[i] * gain + offset;
+    real gain = (real)(v->contrast * inverse);
+    for (int i = 0; i < n; i++) out[i] = (real)(out[i] - mean) * gain + (real)v->brightness;
     if (v->flip)
         for (int y = 0; y < size; y++)
             for (int x = 0; x < size / 2; x++) {
@@ -1482,7 +1482,7 @@ static void init_weights(const Backend *backend, Model *m, const TensorTable *t,
 }
 
 static const char log_header[] = "step\tloss\tdino\tibot\tkoleo\tsigreg\tgram\tlr\tweight_decay\tmomentum\tteacher_temp\tgrad_backbone\tgrad_dino_head\t"
-                                 "grad_ibot_head\tentropy_dino\tentropy_ibot\tfeature_std\tfeature_rank\timages_per_second\n";
+                                 "grad_ibot_head\tentropy_dino\tentropy_ibot\tfeature_std\tfeature_rank\tseconds\n";
 
 // Opens log.tsv for a run that has done `step` steps: rows of later steps, which a stopped run may have written after its
 // last checkpoint, are cut off.
@@ -1599,7 +1599,9 @@ int main(int argc, char **argv) {
         prefetch_request(prefetch, input.indices, input.batch.samples);
 
         StepResult r;
+        double started = seconds_now();
         backend->step(model, &input.batch, &r);
+        double taken = seconds_now() - started;
         state.step++;
         state.sampler_next = sampler.next;
         if (!isfinite(r.loss))
@@ -1608,7 +1610,7 @@ int main(int argc, char **argv) {
         const Schedule *s = &input.batch.schedule;
         fprintf(log, "%lld\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.4g\n", state.step, r.loss, r.dino, r.ibot, r.koleo, r.sigreg, r.gram,
                 s->lr, s->weight_decay, s->momentum, s->teacher_temp, r.gradient_norm[0], r.gradient_norm[1], r.gradient_norm[2], r.prototype_entropy[0], r.prototype_entropy[1],
-                r.feature_std, r.feature_rank, c.optim_batch_size / each);
+                r.feature_std, r.feature_rank, taken);
         if (fflush(log)) fail(STATUS_FAILED, "%s/log.tsv: cannot write it: %s", o.out, strerror(errno));
         report(&c, s, &r, state.step, last, each, &reported);
         if (state.step == last || stop_requested || (c.run_save_every && state.step % c.run_save_every == 0))

@@ -38,6 +38,7 @@ enum { REDUCTION_FAST, REDUCTION_FIXED };
     I(model_ffn_hidden, "model.ffn_hidden", 0, 0, 65536, "hidden width F; 0: 4D for mlp, METHOD A.1's rounding of 8D/3 for swiglu") \
     I(model_registers, "model.registers", 0, 0, 64, "register tokens R") \
     R(model_layerscale, "model.layerscale", 1e-5, 0, 10, "initial LayerScale gamma") \
+    R(model_init_std, "model.init_std", 0.02, 0, 1, "standard deviation of initial linear weights, heads too; narrow models want 1/sqrt(D)") \
     R(model_drop_path, "model.drop_path", 0.0, 0, 0.9, "share of sequences that a branch of a block skips") \
     I(model_pos_grid, "model.pos_grid", 0, 0, 512, "side M of the position embedding grid; 0: crops.global_size / model.patch") \
     C(model_interpolate, "model.interpolate", INTERPOLATE_OFFSET, "offset|antialias|size", "how the position embedding is resized (METHOD A.4)") \
@@ -95,6 +96,7 @@ enum { REDUCTION_FAST, REDUCTION_FIXED };
     R(optim_lr_min, "optim.lr_min", 1e-6, 0, 10, "learning rate at the last step, by a cosine") \
     I(optim_warmup_steps, "optim.warmup_steps", 0, 0, 1LL << 40, "steps of the linear rise from 0") \
     I(optim_steps, "optim.steps", 125000, 1, 1LL << 40, "length of every schedule, and where the run ends") \
+    I(optim_micro_batch, "optim.micro_batch", 0, 0, 1 << 20, "slices per pass; 0: the whole batch, the only way in this version") \
     I(optim_batch_size, "optim.batch_size", 64, 1, 1 << 20, "slices per step B") \
     R(optim_weight_decay, "optim.weight_decay", 0.04, 0, 10, "decoupled weight decay at step 0") \
     R(optim_weight_decay_end, "optim.weight_decay_end", 0.4, 0, 10, "weight decay at the last step, by a cosine") \
@@ -111,6 +113,7 @@ enum { REDUCTION_FAST, REDUCTION_FIXED };
     S(data_weights, "data.weights", "", "sampling weight of each --data PATH, separated by commas; empty: by number of slices") \
     I(run_seed, "run.seed", 1, 0, 1LL << 62, "seed of every random choice") \
     I(run_save_every, "run.save_every", 500, 0, 1LL << 40, "steps between checkpoints; 0: only at the end") \
+    I(run_eval_every, "run.eval_every", 0, 0, 0, "steps between evaluations; 0: never, the only way in this version") \
     I(run_keep, "run.keep", 2, 1, 1 << 20, "checkpoints kept") \
     C(run_reduction, "run.reduction", REDUCTION_FAST, "fast|fixed", "order of sums; the CPU backend's is fixed in either case")
 
@@ -293,6 +296,8 @@ static inline void config_validate(Config *c, const char *source) {
     if (c->mask_ratio_min > c->mask_ratio_max) fail(STATUS_USAGE, "%s: mask.ratio_min is above mask.ratio_max", source);
     if (c->sigreg_t_min != 0 && c->sigreg_t_min != -c->sigreg_t_max)
         fail(STATUS_USAGE, "%s: sigreg.t_min=%g: expected 0 or -sigreg.t_max", source, c->sigreg_t_min);
+    if (c->optim_micro_batch && c->optim_micro_batch != c->optim_batch_size)
+        fail(STATUS_USAGE, "%s: optim.micro_batch=%lld: this version takes the batch in one pass; use 0", source, c->optim_micro_batch);
     if (!c->model_ffn_hidden) c->model_ffn_hidden = ffn_hidden_rule(c->model_dim, c->model_ffn);
     if (!c->model_pos_grid) c->model_pos_grid = c->crops_global_size / c->model_patch;
 }

@@ -33,7 +33,7 @@ static inline uint64_t siphash(SipKey key, const void *data, size_t bytes) {
         if (i < whole) {
             memcpy(&word, p + 8 * i, 8);
         } else {
-            memcpy(&word, p + 8 * i, bytes % 8);
+            for (size_t j = 0; j < bytes % 8; j++) word |= (uint64_t)p[8 * i + j] << 8 * j;
             word |= (uint64_t)bytes << 56;
         }
         v3 ^= word;

@@ -72,12 +72,12 @@ static inline Tensor *tensor_add(TensorTable *t, int group, double lr_factor, in
 
 // A head: `layers` linear layers, then prototypes with weight norm (METHOD B). One layer is PyTorch's bare Linear.
 static inline void tensors_add_head(TensorTable *t, int group, const char *head, long long dim, long long hidden, long long layers,
-                                    long long bottleneck, long long prototypes) {
+                                    long long bottleneck, long long prototypes, double init_std) {
     for (int i = 0; i < layers; i++) {
         char index[16] = "";
         if (layers > 1) snprintf(index, sizeof index, ".%d", 2 * i);
         long long in = i ? hidden : dim, out = i + 1 < layers ? hidden : bottleneck;
-        tensor_add(t, group, 1, INIT_NORMAL, 0.02, SHAPE(out, in), "%s.mlp%s.weight", head, index);
+        tensor_add(t, group, 1, INIT_NORMAL, init_std, SHAPE(out, in), "%s.mlp%s.weight", head, index);
         tensor_add(t, group, 1, INIT_ZERO, 0, SHAPE(out), "%s.mlp%s.bias", head, index);
     }
     tensor_add(t, group, 1, INIT_ONE, 0, SHAPE(prototypes, 1), "%s.last_layer.weight_g", head);
@@ -90,7 +90,7 @@ static inline TensorTable tensors_build(const Config *c, int with_heads) {
     TensorTable t = {0};
     long long D = c->model_dim, L = c->model_depth, C = c->model_channels, p = c->model_patch, F = c->model_ffn_hidden;
     long long M = c->model_pos_grid;
-    double embed = pow(c->optim_layer_decay, (double)L + 1), bound = 1 / sqrt((double)(C * p * p));
+    double embed = pow(c->optim_layer_decay, (double)L + 1), bound = 1 / sqrt((double)(C * p * p)), std = c->model_init_std;
     int g = GROUP_BACKBONE;
     tensor_add(&t, g, embed, INIT_NORMAL, 1e-6, SHAPE(1, 1, D), "embeddings.cls_token");
     tensor_add(&t, g, embed, INIT_ZERO, 0, SHAPE(1, D), "embeddings.mask_token");
@@ -104,27 +104,27 @@ static inline TensorTable tensors_build(const Config *c, int with_heads) {
         static const char *const qkv[3] = {"query", "key", "value"};
         tensor_add(&t, g, lr, INIT_ONE, 0, SHAPE(D), "encoder.layer.%d.norm1.weight", i);
         tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.norm1.bias", i);
-        for (int j = 0; j < 3; j++) tensor_add(&t, g, lr, INIT_NORMAL, 0.02, SHAPE(D, D), "encoder.layer.%d.attention.attention.%s.weight", i, qkv[j]);
+        for (int j = 0; j < 3; j++) tensor_add(&t, g, lr, INIT_NORMAL, std, SHAPE(D, D), "encoder.layer.%d.attention.attention.%s.weight", i, qkv[j]);
         for (int j = 0; j < 3; j++) tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.attention.attention.%s.bias", i, qkv[j]);
-        tensor_add(&t, g, lr, INIT_NORMAL, 0.02, SHAPE(D, D), "encoder.layer.%d.attention.output.dense.weight", i);
+        tensor_add(&t, g, lr, INIT_NORMAL, std, SHAPE(D, D), "encoder.layer.%d.attention.output.dense.weight", i);
         tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.attention.output.dense.bias", i);
         tensor_add(&t, g, lr, INIT_CONSTANT, c->model_layerscale, SHAPE(D), "encoder.layer.%d.layer_scale1.lambda1", i);
         tensor_add(&t, g, lr, INIT_ONE, 0, SHAPE(D), "encoder.layer.%d.norm2.weight", i);
         tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.norm2.bias", i);
         int swiglu = c->model_ffn == FFN_SWIGLU;
         const char *in = swiglu ? "weights_in" : "fc1", *out = swiglu ? "weights_out" : "fc2";
-        tensor_add(&t, g, lr, INIT_NORMAL, 0.02, SHAPE(swiglu ? 2 * F : F, D), "encoder.layer.%d.mlp.%s.weight", i, in);
+        tensor_add(&t, g, lr, INIT_NORMAL, std, SHAPE(swiglu ? 2 * F : F, D), "encoder.layer.%d.mlp.%s.weight", i, in);
         tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(swiglu ? 2 * F : F), "encoder.layer.%d.mlp.%s.bias", i, in);
-        tensor_add(&t, g, lr, INIT_NORMAL, 0.02, SHAPE(D, F), "encoder.layer.%d.mlp.%s.weight", i, out);
+        tensor_add(&t, g, lr, INIT_NORMAL, std, SHAPE(D, F), "encoder.layer.%d.mlp.%s.weight", i, out);
         tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.mlp.%s.bias", i, out);
         tensor_add(&t, g, lr, INIT_CONSTANT, c->model_layerscale, SHAPE(D), "encoder.layer.%d.layer_scale2.lambda1", i);
     }
     tensor_add(&t, g, 1, INIT_ONE, 0, SHAPE(D), "layernorm.weight");
     tensor_add(&t, g, 1, INIT_ZERO, 0, SHAPE(D), "layernorm.bias");
     if (with_heads) {
-        tensors_add_head(&t, GROUP_DINO_HEAD, "dino_head", D, c->dino_hidden, c->dino_layers, c->dino_bottleneck, c->dino_prototypes);
+        tensors_add_head(&t, GROUP_DINO_HEAD, "dino_head", D, c->dino_hidden, c->dino_layers, c->dino_bottleneck, c->dino_prototypes, std);
         if (c->ibot_separate_head)
-            tensors_add_head(&t, GROUP_IBOT_HEAD, "ibot_head", D, c->ibot_hidden, c->ibot_layers, c->ibot_bottleneck, c->ibot_prototypes);
+            tensors_add_head(&t, GROUP_IBOT_HEAD, "ibot_head", D, c->ibot_hidden, c->ibot_layers, c->ibot_bottleneck, c->ibot_prototypes, std);
     }
     return t;
 }
