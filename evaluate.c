@@ -16,10 +16,9 @@ probes. Half of the patients, by a hash keyed with the seed, train the probe, an
 */
 #include <getopt.h>
 
-#include "dataloader.h"
-#include "curia/backend.h"
 #include "curia/checkpoint.h"
 #include "curia/probe.h"
+#include "curia/views.h"
 
 enum { KNN_NEIGHBOURS = 20, ENCODE_BATCH = 16 };
 static const double knn_temperature = 0.07;
@@ -255,13 +254,11 @@ static float *encode_slices(const Backend *be, Model *m, const Config *c, Datase
         int n = s->rows - first < ENCODE_BATCH ? (int)(s->rows - first) : ENCODE_BATCH;
         for (int i = 0; i < n; i++) {
             const ShardSlice *x = &s->slice[first + (size_t)i];
-            int clip = c->data_clip_below_air;
-            slices[i] = (Slice){.rows = x->rows, .cols = x->cols, .scale = x->scale, .intercept = x->intercept,
-                                .volume_mean = clip ? x->volume_mean_clipped : x->volume_mean,
-                                .volume_std = clip ? x->volume_std_clipped : x->volume_std};
             views[i] = (View){.sample = i, .height = x->rows, .width = x->cols, .gamma = 1, .contrast = 1};
             dataset_verify_slice(d, s->index[first + (size_t)i]);
-            dataset_slice(d, s->index[first + (size_t)i], &slices[i].pixels, NULL);
+            const int16_t *pixels;
+            dataset_slice(d, s->index[first + (size_t)i], &pixels, NULL);
+            slices[i] = slice_of(c, x, pixels);
         }
         Batch batch = {.samples = n, .globals = n, .global_size = (int)c->crops_global_size, .slices = slices, .views = views};
         be->encode(m, &batch, token);
