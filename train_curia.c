@@ -1443,7 +1443,7 @@ static const char *phantom_data(void) {
         file_make_dirs("data");
         file_remove_tree(temporary);
         phantom_make_default(temporary, 1);
-        if (rename(temporary, PHANTOM_DIR)) fail(STATUS_FAILED, "%s: cannot rename it to %s: %s", temporary, PHANTOM_DIR, strerror(errno));
+        file_rename(temporary, PHANTOM_DIR);
     }
     return made;
 }
@@ -1500,7 +1500,7 @@ static FILE *open_log(const char *out, long long step) {
         free(text);
     }
     file_close(f, temporary);
-    if (rename(temporary, path)) fail(STATUS_FAILED, "%s: cannot rename it to %s: %s", temporary, path, strerror(errno));
+    file_rename(temporary, path);
     f = fopen(path, "ab");
     if (!f) fail(STATUS_FAILED, "%s: cannot open it: %s", path, strerror(errno));
     return f;
@@ -1570,9 +1570,12 @@ int main(int argc, char **argv) {
         init_weights(backend, model, &table, &c, init_dir);
     }
     file_make_dirs(o.out);
-    FILE *f = file_create(config_path);
+    checkpoint_begin(o.out);
+    char temporary[PATH_SIZE];
+    FILE *f = file_create(path_join(temporary, o.out, "config.json.writing"));
     config_write_json(&c, f);
-    file_close(f, config_path);
+    file_close(f, temporary);
+    file_rename(temporary, config_path);
     FILE *log = open_log(o.out, state.step);
 
     config_print(&c, stderr);

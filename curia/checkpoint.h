@@ -5,6 +5,7 @@ Checkpoints (DESIGN 7) and Hugging Face folders (INTEROP 4).
   hf_read_weights      its weights into a model
   hf_write             such a folder: AutoModel.from_pretrained loads it as it is
   RunState             what a run needs besides tensors to go on bit for bit
+  checkpoint_begin     clears a run's folder of what a killed process left half-written
   checkpoint_save      DIR/step-00000500: written under a temporary name, synced, renamed; older ones beyond run.keep removed
   checkpoint_newest    the newest whole one in a run's folder, or none
   checkpoint_load      tensors and state back; every file's checksum is verified first
@@ -246,6 +247,22 @@ static inline int checkpoint_list(const char *out, char ***names) {
     return count;
 }
 
+// The checkpoint that is being written: removed if the program ends before it is whole, so that a full disk is not kept full.
+static char checkpoint_unfinished[PATH_SIZE];
+
+static inline void checkpoint_discard(void) { if (*checkpoint_unfinished) file_remove_tree(checkpoint_unfinished); }
+
+// To be called once before the first checkpoint_save of a run: removes what a killed process left half-written.
+static inline void checkpoint_begin(const char *out) {
+    atexit(checkpoint_discard);
+    DIR *d = opendir(out);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        char path[PATH_SIZE];
+        if (!strncmp(e->d_name, ".writing-", 9)) file_remove_tree(path_join(path, out, e->d_name));
+    }
+    if (d) closedir(d);
+}
+
 // Writes DIR/step-NNNNNNNN. An earlier checkpoint is never touched before the new one is in place under its name.
 static inline void checkpoint_save(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *out, const RunState *state) {
     char temporary[PATH_SIZE], path[PATH_SIZE], final[PATH_SIZE], name[64];
@@ -253,8 +270,8 @@ static inline void checkpoint_save(const Backend *backend, Model *m, const Tenso
     path_join(temporary, out, name);
     snprintf(name, sizeof name, "step-%08lld", state->step);
     path_join(final, out, name);
-    file_remove_tree(temporary);
     file_make_dirs(temporary);
+    snprintf(checkpoint_unfinished, PATH_SIZE, "%s", temporary);
     path_join(path, temporary, "teacher");
     hf_write(backend, m, t, c, path, "teacher.");
     TensorList l = student_tensors(t);
@@ -281,8 +298,9 @@ static inline void checkpoint_save(const Backend *backend, Model *m, const Tenso
     file_close(f, state_path);
     file_sync_dir(temporary);
     file_remove_tree(final);
-    if (rename(temporary, final)) fail(STATUS_FAILED, "%s: cannot rename it to %s: %s", temporary, final, strerror(errno));
+    file_rename(temporary, final);
     file_sync_dir(out);
+    *checkpoint_unfinished = 0;
 
     char **names;
     int count = checkpoint_list(out, &names);

@@ -5,6 +5,7 @@ Files and folders as checkpoints need them: every error is fatal and names the p
   file_create        a new file for writing, or fail
   file_write         bytes into it
   file_close         flush, fsync, close; a full disk ends the program here at the latest
+  file_rename        a name for another, at once
   file_read          a whole file as text with a 0 after it
   file_exists        whether anything has that name
   file_make_dirs     a folder and its parents
@@ -45,6 +46,11 @@ static inline void file_close(FILE *f, const char *path) {
     if (ferror(f)) fail(STATUS_FAILED, "%s: a write failed; is the disk full?", path);
     if (fflush(f) || (fsync(fileno(f)) && errno != EINVAL)) fail(STATUS_FAILED, "%s: cannot write it to the end: %s", path, strerror(errno));
     if (fclose(f)) fail(STATUS_FAILED, "%s: cannot close it: %s", path, strerror(errno));
+}
+
+// What stood under the new name is replaced, if it is a file.
+static inline void file_rename(const char *from, const char *to) {
+    if (rename(from, to)) fail(STATUS_FAILED, "%s: cannot rename it to %s: %s", from, to, strerror(errno));
 }
 
 // bytes: the length without the 0; the caller frees.

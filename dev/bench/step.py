@@ -164,7 +164,7 @@ def main():
         subprocess.run(["./prep/prep", "-o", f"{folder}/data", "--phantom", "--patients", "4"], check=True, stderr=subprocess.DEVNULL)
         for i in range(options.rounds):
             os.makedirs(f"{folder}/{i}")
-            seconds, memory = run_ours(options.steps, options.threads, f"{folder}/{i}", f"{folder}/data")
+            seconds, memory = run_ours(options.steps, options.threads, f"{folder}/{i}", f"{folder}/data/train")
             ours += seconds
             ours_memory = max(ours_memory, memory)
             out, memory = measure([sys.executable, __file__, "--torch-worker", "--steps", str(options.steps), "--threads", str(options.threads)], options.threads)

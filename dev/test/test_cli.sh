@@ -44,7 +44,8 @@ train() { "$bin/train_curia" "$@"; }
 small="--set model.dim=32 --set model.heads=2 --set model.depth=2 --set model.drop_path=0.3 --set crops.global_size=32 --set crops.local_size=16 \
  --set crops.local_count=2 --set dino.prototypes=48 --set dino.bottleneck=16 --set dino.hidden=40 --set sigreg.slices=16 --set teacher.centering=softmax \
  --set optim.batch_size=4 --set optim.steps=20 --set run.save_every=5 --set run.keep=10"
-expect 0 '' 'phantom shards' "$bin/prep/prep" -o phantom --phantom --patients 4
+expect 0 '' 'phantom shards' "$bin/prep/prep" -o made --phantom --patients 4
+ln -s made/train phantom
 
 # --- command lines
 expect 0 'optim.batch_size' 'help lists the keys' train --help
@@ -87,8 +88,7 @@ wait 2> /dev/null
 expect 0 'done after step 20' 'resume after kill -9' train --data phantom --out killed --resume
 same_tree 'killed and resumed' whole/step-00000020 killed/step-00000020
 expect 2 'optim.lr=.*was made with' 'resume with another value' train --data phantom --out parts --resume --set optim.lr=0.5
-expect 0 '' 'other shards' "$bin/prep/prep" -o other --phantom --patients 2 --seed 9
-expect 3 'not the shards that the run' 'resume with other data' train --data other --out parts --resume
+expect 3 'not the shards that the run' 'resume with other data' train --data made/eval --out parts --resume
 
 # --- starting from a model
 expect 0 'done after step 1' 'init from a run' train $small --data phantom --out from-run --init whole --steps 1 --set optim.lr=0 --set optim.lr_min=0 --set teacher.momentum=1
