@@ -53,7 +53,8 @@ static void linear_backward(real *dx, real *dw, real *dbias, const real *dy, con
 }
 
 // y = xhat gamma + beta, xhat = (x - mean) rstd over D, of rows map[0..rows) of x (map NULL: all). Keeps xhat[rows,D] and rstd[rows].
-static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, const int *map, const real *gamma, const real *beta, int rows, int D) {
+static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, const int *map, const real *gamma, const real *beta,
+                              int rows, int D) {
     #pragma omp parallel for
     for (int r = 0; r < rows; r++) {
         const real *from = x + (size_t)(map ? map[r] : r) * D;
@@ -77,7 +78,8 @@ static void layernorm_output(real *y, const real *xhat, const real *gamma, const
 }
 
 // Adds the gradient to rows map[r] of dx; dgamma, dbeta += over rows. METHOD A.6.
-static void layernorm_backward(real *dx, real *dgamma, real *dbeta, const real *dy, const real *xhat, const real *rstd, const int *map, const real *gamma, int rows, int D) {
+static void layernorm_backward(real *dx, real *dgamma, real *dbeta, const real *dy, const real *xhat, const real *rstd, const int *map,
+                               const real *gamma, int rows, int D) {
     #pragma omp parallel for
     for (int r = 0; r < rows; r++) {
         const real *g = dy + (size_t)r * D, *hat = xhat + (size_t)r * D;
@@ -170,7 +172,8 @@ static void attention_forward(real *out, real *lse, const real *qkv, const Branc
 }
 
 // dqkv[rows,3D] from dout[rows,D]; the probabilities are made again from lse. scratch: 2 T^2 per thread. METHOD A.6.
-static void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv, const Branch *s, real *scratch, size_t stride, int D, int H) {
+static void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv, const Branch *s,
+                               real *scratch, size_t stride, int D, int H) {
     int d = D / H;
     const real scale = 1 / (real)sqrt((real)d);
     #pragma omp parallel for schedule(dynamic)
@@ -225,7 +228,10 @@ static void activation_backward(real *pre, const real *dact, int rows, int F, in
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. The model
 
-typedef struct { const real *norm1_w, *norm1_b, *qkv_w, *qkv_b, *proj_w, *proj_b, *gamma1, *norm2_w, *norm2_b, *in_w, *in_b, *out_w, *out_b, *gamma2; } Block;
+typedef struct {
+    const real *norm1_w, *norm1_b, *qkv_w, *qkv_b, *proj_w, *proj_b, *gamma1;
+    const real *norm2_w, *norm2_b, *in_w, *in_b, *out_w, *out_b, *gamma2;
+} Block;
 typedef struct { const real *cls, *mask, *registers, *position, *patch_w, *patch_b, *norm_w, *norm_b; } Embedding;
 
 // What a block's backward needs, compact over the kept rows: 12 D per token for an MLP of 4D.
@@ -346,8 +352,10 @@ static void gather_patches(real *patches, const real *pixels, const Group *g, in
 
 // x[rows of the group, D]: patch embedding (masked patches take the mask token), class token, positions, registers.
 // METHOD A.2; mask [count,N] or NULL.
-static void embed_forward(Model *m, real *x, const Group *g, const real *patches, const real *position, const uint8_t *mask, const Embedding *e) {
-    int D = (int)m->c.model_dim, R = (int)m->c.model_registers, depth = (int)(m->c.model_channels * m->c.model_patch * m->c.model_patch);
+static void embed_forward(Model *m, real *x, const Group *g, const real *patches, const real *position, const uint8_t *mask,
+                          const Embedding *e) {
+    int D = (int)m->c.model_dim, R = (int)m->c.model_registers;
+    int depth = (int)(m->c.model_channels * m->c.model_patch * m->c.model_patch);
     #pragma omp parallel for
     for (int n = 0; n < g->count; n++) {
         real *to = x + (size_t)(g->row + n * g->tokens) * D, *patch = to + (size_t)(1 + R) * D;
@@ -355,16 +363,19 @@ static void embed_forward(Model *m, real *x, const Group *g, const real *patches
         for (int i = 0; i < g->patches; i++) {
             int masked = mask && mask[(size_t)n * g->patches + i];
             for (int d = 0; d < D; d++)
-                patch[(size_t)i * D + d] = (masked ? e->mask[d] : patch[(size_t)i * D + d] + e->patch_b[d]) + position[(size_t)(1 + i) * D + d];
+                patch[(size_t)i * D + d] = (masked ? e->mask[d] : patch[(size_t)i * D + d] + e->patch_b[d]) +
+                                           position[(size_t)(1 + i) * D + d];
         }
         for (int d = 0; d < D; d++) to[d] = e->cls[d] + position[d];
         for (int i = 0; i < R * D; i++) to[D + i] = e->registers[i];
     }
 }
 
-// Gradients of the embedding's parameters from dx. Overwrites the group's rows of dx and its patches' scratch dpatch[count*N,D].
-static void embed_backward(Model *m, const real *dx, real *dpatch, const Group *g, const real *patches, const uint8_t *mask, const Embedding *e, const Resize *resize) {
-    int D = (int)m->c.model_dim, R = (int)m->c.model_registers, depth = (int)(m->c.model_channels * m->c.model_patch * m->c.model_patch);
+// Gradients of the embedding's parameters from dx. dpatch: [count*N,D] scratch.
+static void embed_backward(Model *m, const real *dx, real *dpatch, const Group *g, const real *patches, const uint8_t *mask,
+                           const Embedding *e, const Resize *resize) {
+    int D = (int)m->c.model_dim, R = (int)m->c.model_registers;
+    int depth = (int)(m->c.model_channels * m->c.model_patch * m->c.model_patch);
     real *dposition = m->position[g - m->groups];       // the forward is over: its buffer takes the gradient
     memset(dposition, 0, (size_t)(1 + g->patches) * D * sizeof(real));
     real *dcls = grad_of(m, e->cls), *dmask = grad_of(m, e->mask), *dregisters = R ? grad_of(m, e->registers) : NULL;
@@ -419,14 +430,17 @@ static void block_backward(Model *m, real *dx, const Block *k, const BlockActs *
     activation_backward(a->pre, m->dact, ffn->rows, F, swiglu);
     layernorm_output(m->hidden, a->xhat2, k->norm2_w, k->norm2_b, ffn->rows, D);
     linear_backward(m->dhidden, grad_of(m, k->in_w), grad_of(m, k->in_b), a->pre, m->hidden, k->in_w, ffn->rows, D, swiglu ? 2 * F : F);
-    layernorm_backward(dx, grad_of(m, k->norm2_w), grad_of(m, k->norm2_b), m->dhidden, a->xhat2, a->rstd2, ffn->map, k->norm2_w, ffn->rows, D);
+    layernorm_backward(dx, grad_of(m, k->norm2_w), grad_of(m, k->norm2_b), m->dhidden, a->xhat2, a->rstd2, ffn->map,
+                       k->norm2_w, ffn->rows, D);
 
     residual_backward(m->dbranch, grad_of(m, k->gamma1), dx, a->proj, k->gamma1, attention, D);
-    linear_backward(m->dhidden, grad_of(m, k->proj_w), grad_of(m, k->proj_b), m->dbranch, a->attention, k->proj_w, attention->rows, D, D);
+    linear_backward(m->dhidden, grad_of(m, k->proj_w), grad_of(m, k->proj_b), m->dbranch, a->attention, k->proj_w,
+                    attention->rows, D, D);
     attention_backward(m->dqkv, m->dhidden, a->attention, a->lse, a->qkv, attention, m->attention_scratch, m->attention_stride, D, H);
     layernorm_output(m->hidden, a->xhat1, k->norm1_w, k->norm1_b, attention->rows, D);
     linear_backward(m->dhidden, grad_of(m, k->qkv_w), grad_of(m, k->qkv_b), m->dqkv, m->hidden, k->qkv_w, attention->rows, D, 3 * D);
-    layernorm_backward(dx, grad_of(m, k->norm1_w), grad_of(m, k->norm1_b), m->dhidden, a->xhat1, a->rstd1, attention->map, k->norm1_w, attention->rows, D);
+    layernorm_backward(dx, grad_of(m, k->norm1_w), grad_of(m, k->norm1_b), m->dhidden, a->xhat1, a->rstd1, attention->map,
+                       k->norm1_w, attention->rows, D);
 }
 
 // Final-norm tokens of the teacher for the global group, unmasked, no drop path: out[count T, D].
@@ -447,7 +461,7 @@ static void teacher_forward(Model *m, real *out) {
 static void student_forward(Model *m, const uint8_t *mask) {
     Embedding e = embedding_params(m, m->student);
     position_forward(m, e.position);
-    for (int g = 0; g < 2; g++) embed_forward(m, m->x, &m->groups[g], m->patches[g], m->position[g], g == 0 ? mask : NULL, &e);
+    for (int g = 0; g < 2; g++) embed_forward(m, m->x, &m->groups[g], m->patches[g], m->position[g], g ? NULL : mask, &e);
     for (int l = 0; l < m->c.model_depth; l++) {
         Block k = block_params(m, m->student, l);
         block_forward(m, m->x, &k, &m->blocks[l], &m->branches[2 * l], &m->branches[2 * l + 1]);
@@ -466,7 +480,7 @@ static void student_backward(Model *m, const uint8_t *mask) {
         block_backward(m, m->dx, &k, &m->blocks[l], &m->branches[2 * l], &m->branches[2 * l + 1]);
     }
     for (int g = 0; g < 2; g++)
-        if (m->groups[g].count) embed_backward(m, m->dx, m->dnorm, &m->groups[g], m->patches[g], g == 0 ? mask : NULL, &e, &m->resize[g]);
+        if (m->groups[g].count) embed_backward(m, m->dx, m->dnorm, &m->groups[g], m->patches[g], g ? NULL : mask, &e, &m->resize[g]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -474,9 +488,10 @@ static void student_backward(Model *m, const uint8_t *mask) {
 
 static HeadShape head_shape(const Model *m, int ibot) {
     const Config *c = &m->c;
-    HeadShape h = {(int)c->model_dim, (int)c->dino_hidden, (int)c->dino_layers, (int)c->dino_bottleneck, (int)c->dino_prototypes, m->table.group_start[GROUP_DINO_HEAD]};
-    if (ibot) h = (HeadShape){(int)c->model_dim, (int)c->ibot_hidden, (int)c->ibot_layers, (int)c->ibot_bottleneck, (int)c->ibot_prototypes, m->table.group_start[GROUP_IBOT_HEAD]};
-    return h;
+    if (ibot) return (HeadShape){(int)c->model_dim, (int)c->ibot_hidden, (int)c->ibot_layers, (int)c->ibot_bottleneck,
+                                 (int)c->ibot_prototypes, m->table.group_start[GROUP_IBOT_HEAD]};
+    return (HeadShape){(int)c->model_dim, (int)c->dino_hidden, (int)c->dino_layers, (int)c->dino_bottleneck,
+                       (int)c->dino_prototypes, m->table.group_start[GROUP_DINO_HEAD]};
 }
 
 static int head_in(const HeadShape *h, int layer) { return layer ? h->hidden : h->dim; }
@@ -513,7 +528,8 @@ static void head_forward(HeadActs *a, const real *w, const HeadShape *h) {
 
 // From dlogits (in a->logits) and dbottleneck[crops,b], which joins the first rows before the L2 norm, to the head's
 // parameters; input[0] is overwritten by its gradient. scratch: two of [rows, widest layer].
-static void head_backward(HeadActs *a, const real *w, real *dw, const HeadShape *h, const real *dbottleneck, int crops, real *const scratch[2]) {
+static void head_backward(HeadActs *a, const real *w, real *dw, const HeadShape *h, const real *dbottleneck, int crops,
+                          real *const scratch[2]) {
     int K = h->prototypes, b = h->bottleneck, rows = a->rows, last = h->layers - 1;
     size_t skip = 0;
     for (int i = 0; i < h->layers; i++) skip += (size_t)(head_in(h, i) + 1) * head_out(h, i);
@@ -922,7 +938,8 @@ static void carve_head(HeadActs *h, const HeadShape *s, int rows, Carver *a) {
 static void carve(Model *m, Carver *a) {
     const Config *c = &m->c;
     size_t D = c->model_dim, H = c->model_heads, F = c->model_ffn_hidden, in = c->model_ffn == FFN_SWIGLU ? 2 * F : F;
-    size_t depth = c->model_channels * c->model_patch * c->model_patch, most_tokens = 0, most_rows = 0, teacher_rows = (size_t)m->groups[0].count * m->groups[0].tokens;
+    size_t depth = c->model_channels * c->model_patch * c->model_patch, teacher_rows = (size_t)m->groups[0].count * m->groups[0].tokens;
+    size_t most_tokens = 0, most_rows = 0;
     for (int g = 0; g < 2; g++) {
         const Group *p = &m->groups[g];
         TAKE(m->pixels[g], (size_t)p->count * c->model_channels * p->size * p->size);
@@ -1077,7 +1094,8 @@ static void teacher_step(Model *m, const Batch *b, StepResult *r) {
     teacher_targets(m, &h[0], 0, crops, K, 0, b->schedule.teacher_temp);
     teacher_targets(m, patch_head, patch_row, m->masked, patch_K, 1, b->schedule.teacher_temp);
     r->prototype_entropy[0] = target_entropy(h[0].logits, m->row_loss, crops, K);
-    r->prototype_entropy[1] = m->masked ? target_entropy(patch_head->logits + (size_t)patch_row * patch_K, m->row_loss, m->masked, patch_K) : 0;
+    const real *patch_targets = patch_head->logits + (size_t)patch_row * patch_K;
+    r->prototype_entropy[1] = m->masked ? target_entropy(patch_targets, m->row_loss, m->masked, patch_K) : 0;
 }
 
 // Spread of the teacher's class tokens over the batch: what collapse would show first.
@@ -1109,7 +1127,7 @@ static void feature_spread(const real *out, size_t stride, int n, int D, double 
 static void loss_step(Model *m, const Batch *b, StepResult *r) {
     const Config *c = &m->c;
     size_t D = c->model_dim, T = m->groups[0].tokens, T_local = m->groups[1].tokens, N = m->groups[0].patches;
-    int B = b->globals / 2, V = b->locals / (B ? B : 1), crops = b->globals, classes = crops + b->locals, separate = (int)c->ibot_separate_head;
+    int B = b->globals / 2, V = b->locals / B, crops = b->globals, classes = crops + b->locals, separate = c->ibot_separate_head;
     HeadActs *h = m->student_head, *patch_head = separate ? &h[1] : &h[0];
     size_t patch_row = separate ? 0 : classes;
     for (int i = 0; i < crops; i++) copy_row(h[0].input[0] + i * D, m->norm_out + i * T * D, D);
@@ -1130,7 +1148,8 @@ static void loss_step(Model *m, const Batch *b, StepResult *r) {
     for (int crop = 0; crop < 2; crop++) {
         size_t row = (size_t)crop * B * T * D;
         if (c->koleo_weight > 0)
-            r->koleo += koleo_loss(m->dnorm + row, m->norm_out + row, T * D, (real)c->koleo_weight, m->head_scratch[0], m->head_scratch[1], B, (int)D);
+            r->koleo += koleo_loss(m->dnorm + row, m->norm_out + row, T * D, (real)c->koleo_weight, m->head_scratch[0],
+                                   m->head_scratch[1], B, (int)D);
         if (c->sigreg_weight > 0) {
             int bottleneck = c->sigreg_on == SIGREG_BOTTLENECK, width = bottleneck ? (int)c->dino_bottleneck : (int)D;
             for (size_t i = 0; i < (size_t)c->sigreg_slices * width; i++) m->directions[i] = b->directions[i];
@@ -1149,7 +1168,8 @@ static void loss_step(Model *m, const Batch *b, StepResult *r) {
         }
         for (int i = 0; i < crops; i++) r->gram += m->row_loss[i] / ((double)crops * N * N);
     }
-    r->loss = c->dino_weight * r->dino + c->ibot_weight * r->ibot + c->koleo_weight * r->koleo + c->sigreg_weight * r->sigreg + c->gram_weight * r->gram;
+    r->loss = c->dino_weight * r->dino + c->ibot_weight * r->ibot + c->koleo_weight * r->koleo + c->sigreg_weight * r->sigreg +
+              c->gram_weight * r->gram;
 
     for (int i = 0; i <= separate; i++) {
         HeadShape s = head_shape(m, i);
@@ -1193,8 +1213,8 @@ static void update_step(Model *m, const Batch *b, StepResult *r) {
     for (int t = 0; t < m->table.count; t++) {
         const Tensor *x = &m->table.tensors[t];
         double lr = (x->last_layer ? s->last_layer_lr : s->lr) * x->lr_factor;
-        real keep = (real)(1 - lr * (x->decays ? s->weight_decay : 0)), rate = (real)(lr / correction1), root = (real)(1 / sqrt(correction2));
-        real eps = (real)c->optim_eps, scale = clip[x->group];
+        real keep = (real)(1 - lr * (x->decays ? s->weight_decay : 0)), rate = (real)(lr / correction1);
+        real root = (real)(1 / sqrt(correction2)), eps = (real)c->optim_eps, scale = clip[x->group];
         #pragma omp parallel for
         for (size_t chunk = 0; chunk < (x->size + CHUNK - 1) / CHUNK; chunk++) {
             size_t from = x->offset + chunk * CHUNK, end = x->offset + x->size, to = from + CHUNK < end ? from + CHUNK : end;
@@ -1221,7 +1241,8 @@ static void model_step(Model *m, const Batch *b, StepResult *r) {
     loss_step(m, b, r);
     student_backward(m, b->mask);
     update_step(m, b, r);
-    feature_spread(m->teacher_out, (size_t)m->groups[0].tokens * m->c.model_dim, b->globals, (int)m->c.model_dim, &r->feature_std, &r->feature_rank);
+    feature_spread(m->teacher_out, (size_t)m->groups[0].tokens * m->c.model_dim, b->globals, (int)m->c.model_dim,
+                   &r->feature_std, &r->feature_rank);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1257,7 +1278,8 @@ static void model_destroy(Model *m) {
 // The array behind a name of curia/backend.h, and its number of elements; NULL where there is none.
 static real *model_array(Model *m, const char *name, size_t *n) {
     struct { const char *prefix; real *base; } arrays[] = {
-        {"student.", m->student}, {"teacher.", m->teacher}, {"optim.exp_avg.", m->exp_avg}, {"optim.exp_avg_sq.", m->exp_avg_sq}, {"grad.", m->grad}};
+        {"student.", m->student}, {"teacher.", m->teacher}, {"grad.", m->grad},
+        {"optim.exp_avg.", m->exp_avg}, {"optim.exp_avg_sq.", m->exp_avg_sq}};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
         size_t skip = strlen(arrays[i].prefix);
         if (!arrays[i].base || strncmp(name, arrays[i].prefix, skip)) continue;
@@ -1288,7 +1310,8 @@ static size_t model_read(Model *m, const char *name, Dtype dtype, void *data) {
     int patch = !strcmp(name, "out.patch"), teacher = !strcmp(name, "out.teacher_cls");
     if (!patch && !teacher && strcmp(name, "out.cls")) return n;
     size_t each = patch ? N * D : D, skip = patch ? (1 + m->c.model_registers) * D : 0;
-    for (size_t i = 0; data && i < crops; i++) copy_out((teacher ? m->teacher_out : m->norm_out) + i * T * D + skip, each, dtype, data, i * each);
+    const real *tokens = teacher ? m->teacher_out : m->norm_out;
+    for (size_t i = 0; data && i < crops; i++) copy_out(tokens + i * T * D + skip, each, dtype, data, i * each);
     return crops * each;
 }
 
@@ -1311,8 +1334,10 @@ static void model_pixels(Model *m, const Batch *b, float *global_pixels, float *
     float *out[2] = {global_pixels, local_pixels};
     plan_batch(m, b);
     load_pixels(m, b);
-    for (int g = 0; g < 2; g++)
-        copy_out(m->pixels[g], (size_t)m->groups[g].count * m->c.model_channels * m->groups[g].size * m->groups[g].size, DTYPE_F32, out[g], 0);
+    for (int g = 0; g < 2; g++) {
+        const Group *p = &m->groups[g];
+        copy_out(m->pixels[g], (size_t)p->count * m->c.model_channels * p->size * p->size, DTYPE_F32, out[g], 0);
+    }
 }
 
 #ifdef CURIA_FP64
@@ -1359,8 +1384,9 @@ typedef struct {
 
 static Options parse_options(int argc, char **argv) {
     static const struct option options[] = {
-        {"recipe", 1, 0, 'r'}, {"set", 1, 0, 's'}, {"data", 1, 0, 'd'}, {"out", 1, 0, 'o'}, {"steps", 1, 0, 'n'}, {"batch-size", 1, 0, 'b'},
-        {"seed", 1, 0, 'e'}, {"device", 1, 0, 'v'}, {"init", 1, 0, 'i'}, {"resume", 0, 0, 'c'}, {"print-config", 0, 0, 'p'}, {"help", 0, 0, 'h'}, {0}};
+        {"recipe", 1, 0, 'r'}, {"set", 1, 0, 's'}, {"data", 1, 0, 'd'}, {"out", 1, 0, 'o'}, {"steps", 1, 0, 'n'},
+        {"batch-size", 1, 0, 'b'}, {"seed", 1, 0, 'e'}, {"device", 1, 0, 'v'}, {"init", 1, 0, 'i'}, {"resume", 0, 0, 'c'},
+        {"print-config", 0, 0, 'p'}, {"help", 0, 0, 'h'}, {0}};
     Options o = {.recipe = "tiny", .device = "auto"};
     for (int k; (k = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         if (k == '?') exit(STATUS_USAGE);       // getopt has said why
@@ -1410,10 +1436,12 @@ static Config make_config(const Options *o, const char *init_dir, const char *ch
             Config folder = config_default();
             hf_read_config(init_dir, &folder);
             for (int i = 0; i < CONFIG_KEY_COUNT; i++) {
+                const char *key = config_keys[i].name;
                 char value[256];
                 config_format(&folder, &config_keys[i], value);
-                int of_model = !strncmp(config_keys[i].name, "model.", 6) && strcmp(config_keys[i].name, "model.drop_path") && strcmp(config_keys[i].name, "model.interpolate");
-                if (of_model) config_set(&c, config_keys[i].name, value, init_dir);
+                // how the model is trained on, unlike what it is, stays the recipe's
+                if (!strncmp(key, "model.", 6) && strcmp(key, "model.drop_path") && strcmp(key, "model.interpolate"))
+                    config_set(&c, key, value, init_dir);
             }
         }
     }
@@ -1429,8 +1457,10 @@ static Config make_config(const Options *o, const char *init_dir, const char *ch
         char now[256], before[256];
         config_format(&c, &config_keys[i], now);
         config_format(&saved, &config_keys[i], before);
-        if (strcmp(now, before) && (strncmp(config_keys[i].name, "run.", 4) || !strcmp(config_keys[i].name, "run.seed")))
-            fail(STATUS_USAGE, "--set %s=%s: the run in %s was made with %s; start a new one with --init %s --out DIR", config_keys[i].name, now, checkpoint, before, checkpoint);
+        const char *key = config_keys[i].name;
+        if (strcmp(now, before) && (strncmp(key, "run.", 4) || !strcmp(key, "run.seed")))
+            fail(STATUS_USAGE, "--set %s=%s: the run in %s was made with %s; start a new one with --init %s --out DIR", key, now,
+                 checkpoint, before, checkpoint);
     }
     return c;
 }
@@ -1456,7 +1486,8 @@ static void set_weights(Dataset *data, const Config *c, int paths) {
     while (n < 256) {
         char *end;
         weights[n] = strtod(text, &end);
-        if (end == text || !(weights[n] > 0) || (*end && *end != ',')) fail(STATUS_USAGE, "data.weights=%s: expected positive numbers separated by commas", c->data_weights);
+        if (end == text || !(weights[n] > 0) || (*end && *end != ','))
+            fail(STATUS_USAGE, "data.weights=%s: expected positive numbers separated by commas", c->data_weights);
         n++;
         text = end + 1;
         if (!*end) break;
@@ -1481,8 +1512,9 @@ static void init_weights(const Backend *backend, Model *m, const TensorTable *t,
     }
 }
 
-static const char log_header[] = "step\tloss\tdino\tibot\tkoleo\tsigreg\tgram\tlr\tweight_decay\tmomentum\tteacher_temp\tgrad_backbone\tgrad_dino_head\t"
-                                 "grad_ibot_head\tentropy_dino\tentropy_ibot\tfeature_std\tfeature_rank\tseconds\n";
+static const char log_header[] =
+    "step\tloss\tdino\tibot\tkoleo\tsigreg\tgram\tlr\tweight_decay\tmomentum\tteacher_temp\tgrad_backbone\tgrad_dino_head\t"
+    "grad_ibot_head\tentropy_dino\tentropy_ibot\tfeature_std\tfeature_rank\tseconds\n";
 
 // Opens log.tsv for a run that has done `step` steps: rows of later steps, which a stopped run may have written after its
 // last checkpoint, are cut off.
@@ -1506,18 +1538,30 @@ static FILE *open_log(const char *out, long long step) {
     return f;
 }
 
-// One line a step: over the last one on a terminal, every five seconds elsewhere.
-static void report(const Config *c, const Schedule *s, const StepResult *r, long long step, long long last, double seconds_per_step, double *reported) {
+// A row of log.tsv.
+static void log_step(FILE *log, const Schedule *s, const StepResult *r, long long step, double seconds) {
+    double values[] = {r->loss, r->dino, r->ibot, r->koleo, r->sigreg, r->gram, s->lr, s->weight_decay, s->momentum, s->teacher_temp,
+                       r->gradient_norm[GROUP_BACKBONE], r->gradient_norm[GROUP_DINO_HEAD], r->gradient_norm[GROUP_IBOT_HEAD],
+                       r->prototype_entropy[0], r->prototype_entropy[1], r->feature_std, r->feature_rank};
+    fprintf(log, "%lld", step);
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++) fprintf(log, "\t%.8g", values[i]);
+    fprintf(log, "\t%.4g\n", seconds);
+    if (fflush(log)) fail(STATUS_FAILED, "log.tsv: cannot write it: %s", strerror(errno));
+}
+
+// One line a step for people: over the last one on a terminal, every five seconds elsewhere.
+static void show_step(const Config *c, const Schedule *s, const StepResult *r, long long step, long long last, double seconds_per_step) {
+    static double shown;
     int live = isatty(2);
     double left = seconds_per_step * (last - step), now = seconds_now();
-    if (!live && now - *reported < 5 && step < last) return;
-    *reported = now;
-    char gram[32] = "", koleo[32] = "";
-    if (c->koleo_weight > 0) snprintf(koleo, sizeof koleo, " koleo %.3f", r->koleo);
-    if (c->gram_weight > 0) snprintf(gram, sizeof gram, " gram %.4f", r->gram);
-    fprintf(stderr, "%sstep %lld/%lld | loss %.4f dino %.3f ibot %.3f sigreg %.4f%s%s | lr %.2e | grad %.3f | entropy %.2f | std %.3f rank %.1f | %.1f img/s | %d:%02d left%s",
-            live ? "\r\033[K" : "", step, last, r->loss, r->dino, r->ibot, r->sigreg, koleo, gram, s->lr, r->gradient_norm[GROUP_BACKBONE], r->prototype_entropy[0],
-            r->feature_std, r->feature_rank, c->optim_batch_size / seconds_per_step, (int)left / 60, (int)left % 60, live && step < last ? "" : "\n");
+    if (!live && now - shown < 5 && step < last) return;
+    shown = now;
+    fprintf(stderr, "%sstep %lld/%lld | loss %.4f dino %.3f ibot %.3f", live ? "\r\033[K" : "", step, last, r->loss, r->dino, r->ibot);
+    if (c->koleo_weight > 0) fprintf(stderr, " koleo %.3f", r->koleo);
+    if (c->sigreg_weight > 0) fprintf(stderr, " sigreg %.4f", r->sigreg);
+    fprintf(stderr, " | lr %.2e | grad %.2f | entropy %.2f | std %.3f rank %.1f | %.1f img/s | %d:%02d left%s", s->lr,
+            r->gradient_norm[GROUP_BACKBONE], r->prototype_entropy[0], r->feature_std, r->feature_rank,
+            c->optim_batch_size / seconds_per_step, (int)left / 60, (int)left % 60, live && step < last ? "" : "\n");
 }
 
 static volatile sig_atomic_t stop_requested;
@@ -1553,7 +1597,8 @@ int main(int argc, char **argv) {
         if (*end || end == o.steps || last < 1) fail(STATUS_USAGE, "--steps %s: expected a number of steps from 1", o.steps);
         if (last > c.optim_steps) last = c.optim_steps;
     }
-    if (c.gram_weight > 0) fail(STATUS_USAGE, "gram.weight=%g: training has no Gram teacher yet; the loss takes targets from golden files only", c.gram_weight);
+    if (c.gram_weight > 0)
+        fail(STATUS_USAGE, "gram.weight=%g: training has no Gram teacher yet; the loss takes targets from golden files only", c.gram_weight);
 
     if (!o.data_count) o.data[o.data_count++] = phantom_data();
     Dataset *data = dataset_open(o.data, o.data_count);
@@ -1579,8 +1624,9 @@ int main(int argc, char **argv) {
     FILE *log = open_log(o.out, state.step);
 
     config_print(&c, stderr);
-    fprintf(stderr, "device cpu (%s), %d thread%s; %.2f M parameters; %llu slices; run in %s\n", strcmp(o.device, "cpu") ? "built without CUDA" : "as asked",
-            omp_get_max_threads(), omp_get_max_threads() == 1 ? "" : "s", table.size / 1e6, (unsigned long long)dataset_count(data), o.out);
+    fprintf(stderr, "device cpu (%s), %d thread%s; %.2f M parameters; %llu slices; run in %s\n",
+            strcmp(o.device, "cpu") ? "built without CUDA" : "as asked", omp_get_max_threads(), omp_get_max_threads() == 1 ? "" : "s",
+            table.size / 1e6, (unsigned long long)dataset_count(data), o.out);
     if (checkpoint) fprintf(stderr, "resumed after step %lld\n", state.step);
 
     struct sigaction action = {.sa_handler = request_stop};
@@ -1591,7 +1637,7 @@ int main(int argc, char **argv) {
     Prefetch *prefetch = prefetch_start(data);
     input_indices(&input, data, &sampler);
     prefetch_request(prefetch, input.indices, input.batch.samples);
-    double begin = seconds_now(), reported = begin;
+    double begin = seconds_now();
     long long first = state.step;
     while (state.step < last && !stop_requested) {
         // This step's slices are on their way; the next step's follow while it computes.
@@ -1608,21 +1654,18 @@ int main(int argc, char **argv) {
         state.step++;
         state.sampler_next = sampler.next;
         if (!isfinite(r.loss))
-            fail(STATUS_FAILED, "step %lld: the loss is %g; lower optim.lr (%g) or optim.clip (%g) and resume from the newest checkpoint in %s", state.step, r.loss, c.optim_lr, c.optim_clip, o.out);
-        double each = (seconds_now() - begin) / (state.step - first);
-        const Schedule *s = &input.batch.schedule;
-        fprintf(log, "%lld\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.8g\t%.4g\n", state.step, r.loss, r.dino, r.ibot, r.koleo, r.sigreg, r.gram,
-                s->lr, s->weight_decay, s->momentum, s->teacher_temp, r.gradient_norm[0], r.gradient_norm[1], r.gradient_norm[2], r.prototype_entropy[0], r.prototype_entropy[1],
-                r.feature_std, r.feature_rank, taken);
-        if (fflush(log)) fail(STATUS_FAILED, "%s/log.tsv: cannot write it: %s", o.out, strerror(errno));
-        report(&c, s, &r, state.step, last, each, &reported);
+            fail(STATUS_FAILED, "step %lld: the loss is %g; lower optim.lr (%g) or optim.clip (%g) and start again with --init %s",
+                 state.step, r.loss, c.optim_lr, c.optim_clip, o.out);
+        log_step(log, &input.batch.schedule, &r, state.step, taken);
+        show_step(&c, &input.batch.schedule, &r, state.step, last, (seconds_now() - begin) / (state.step - first));
         if (state.step == last || stop_requested || (c.run_save_every && state.step % c.run_save_every == 0))
             checkpoint_save(backend, model, &table, &c, o.out, &state);
     }
     prefetch_wait(prefetch);
     prefetch_stop(prefetch);
     if (fclose(log)) fail(STATUS_FAILED, "%s/log.tsv: cannot write it: %s", o.out, strerror(errno));
-    fprintf(stderr, "%s after step %lld; peak memory %.0f MiB; run in %s\n", stop_requested ? "stopped" : "done", state.step, peak_memory() / 1048576.0, o.out);
+    fprintf(stderr, "%s after step %lld; peak memory %.0f MiB; run in %s\n", stop_requested ? "stopped" : "done", state.step,
+            peak_memory() / 1048576.0, o.out);
     input_free(&input);
     backend->destroy(model);
     dataset_close(data);
