@@ -41,11 +41,11 @@ static inline void dot4(const double *const a[4], const double *b, size_t n, dou
 
 static inline double dot(const double *a, const double *b, size_t n) {
     vec8 sum = {0};
-    size_t j = 0;
-    for (; j + 8 <= n; j += 8) sum += *(const vec8 *)(a + j) * *(const vec8 *)(b + j);
+    size_t whole = n / 8 * 8;
+    for (size_t j = 0; j < whole; j += 8) sum += *(const vec8 *)(a + j) * *(const vec8 *)(b + j);
     double s = 0;
     for (int lane = 0; lane < 8; lane++) s += sum[lane];
-    for (; j < n; j++) s += a[j] * b[j];
+    for (size_t j = whole; j < n; j++) s += a[j] * b[j];
     return s;
 }
 

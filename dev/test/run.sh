@@ -48,6 +48,7 @@ suite 'gradients by finite differences, invariances' ./test_curia
 suite 'evaluate: probes, metrics, command line' build/test_evaluate ./evaluate
 suite 'command lines, checkpoints, bad input' dev/test/test_cli.sh "$shared"
 [ $have_shared ] && suite 'prep on real and broken scans' dev/test/test_prep.sh "$shared"
+suite "the README's commands, make run among them" dev/test/test_readme.sh "$shared"
 
 # The same code with the address and undefined-behaviour sanitizers, on small cases.
 asan=build/asan
