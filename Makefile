@@ -12,6 +12,8 @@ LDLIBS = -lm -lpthread
 compiles = $(shell printf '%s\n' $(1) | $(CC) $(2) -x c - -o /dev/null $(3) 2>/dev/null && echo yes)
 ifeq ($(call compiles,'int main(void){return 0;}',-fopenmp),yes)
 OPENMP := -fopenmp
+else
+OPENMP := -fopenmp-simd -Wno-unknown-pragmas
 endif
 HASH := \#
 ifeq ($(call compiles,'$(HASH)include <nifti2_io.h>' 'int main(void){return 0;}',-I/usr/include/nifti,-lnifti2 -lznz -lz -lm),yes)
@@ -29,7 +31,7 @@ all: found $(addprefix $(PREFIX),$(PROGRAMS))
 
 found:
 	@echo "compiler: $(CC)"
-	@echo "OpenMP:   $(if $(OPENMP),yes,no: one thread; get it with libgomp (Debian: part of gcc))"
+	@echo "OpenMP:   $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread; get it with libgomp (Debian: part of gcc))"
 	@echo "NIfTI:    $(if $(NIFTI),yes,no: prep makes the phantom only; get it with 'make deps' (Debian: libnifti2-dev))"
 	@echo "CUDA:     no: this version has the CPU backend only"
 

@@ -98,7 +98,8 @@ static inline const char *shard_slice_reason(const ShardSlice *s) {
     if (!(s->spacing_row > 0 && s->spacing_col > 0 && s->spacing_slice > 0) ||
         !isfinite(s->spacing_row + s->spacing_col + s->spacing_slice)) return "its spacing is not a positive number";
     if (!isfinite(s->scale) || !isfinite(s->intercept) || s->scale == 0) return "its scale or intercept is not usable";
-    if (s->modality >= MODALITY_COUNT || s->plane >= PLANE_COUNT || s->zero[0] || s->zero[1]) return "its modality or plane is unknown";
+    if (s->modality >= MODALITY_COUNT || s->plane >= PLANE_COUNT || s->zero[0] || s->zero[1])
+        return "its modality or plane is unknown";
     if (s->box_top < 0 || s->box_left < 0 || s->box_top >= s->box_bottom || s->box_left >= s->box_right ||
         s->box_bottom > s->rows || s->box_right > s->cols) return "its body box is outside the slice";
     if (!(s->centre_row >= 0 && s->centre_row <= s->rows && s->centre_col >= 0 && s->centre_col <= s->cols) ||
@@ -235,7 +236,8 @@ static inline int shard_read_header(Shard *shard, ShardHeader *h, int *file, cha
     }
     const char *wrong = NULL;
     if (!S_ISREG(st.st_mode)) wrong = "is not a file";
-    else if ((uint64_t)st.st_size < sizeof *h || pread(*file, h, sizeof *h, 0) != sizeof *h) wrong = "is cut short: it has no whole header";
+    else if ((uint64_t)st.st_size < sizeof *h || pread(*file, h, sizeof *h, 0) != sizeof *h)
+        wrong = "is cut short: it has no whole header";
     else if (memcmp(h->magic, SHARD_MAGIC, 8)) wrong = "is not a shard, or was never finished (no CURIASHD at its start)";
     else if (h->header_checksum != checksum(h, sizeof *h - 8)) wrong = "is damaged: the header's checksum differs";
     if (wrong) {
@@ -243,19 +245,20 @@ static inline int shard_read_header(Shard *shard, ShardHeader *h, int *file, cha
         return -1;
     }
     if (h->version != SHARD_VERSION || h->record_bytes != sizeof(ShardSlice)) {
-        snprintf(reason, n, "has format version %u with records of %u bytes, and this program reads version %d with %zu", h->version,
-                 h->record_bytes, SHARD_VERSION, sizeof(ShardSlice));
+        snprintf(reason, n, "has format version %u with records of %u bytes, and this program reads version %d with %zu",
+                 h->version, h->record_bytes, SHARD_VERSION, sizeof(ShardSlice));
         return -1;
     }
     if (h->file_bytes != (uint64_t)st.st_size) {
-        snprintf(reason, n, "is %s: %llu bytes, and its header says %llu", (uint64_t)st.st_size < h->file_bytes ? "cut short" : "too long",
-                 (unsigned long long)st.st_size, (unsigned long long)h->file_bytes);
+        snprintf(reason, n, "is %s: %llu bytes, and its header says %llu",
+                 (uint64_t)st.st_size < h->file_bytes ? "cut short" : "too long", (unsigned long long)st.st_size,
+                 (unsigned long long)h->file_bytes);
         return -1;
     }
     uint64_t room = h->file_bytes;
     if (h->index_offset < sizeof *h || h->index_offset > room || h->index_offset % SHARD_ALIGN ||
-        h->slices > (room - h->index_offset) / sizeof(ShardSlice) || h->names_offset != h->index_offset + h->slices * sizeof(ShardSlice) ||
-        h->names_bytes != room - h->names_offset) {
+        h->slices > (room - h->index_offset) / sizeof(ShardSlice) ||
+        h->names_offset != h->index_offset + h->slices * sizeof(ShardSlice) || h->names_bytes != room - h->names_offset) {
         snprintf(reason, n, "has an index that lies outside the file");
         return -1;
     }
@@ -293,11 +296,13 @@ static inline int shard_map(Shard *shard, char *reason, size_t n) {
     const ShardSlice *index = shard_index(shard);
     uint64_t offset = sizeof h;
     *reason = 0;
-    if (checksum(index, h.file_bytes - h.index_offset) != h.index_checksum) snprintf(reason, n, "is damaged: the index's checksum differs");
+    if (checksum(index, h.file_bytes - h.index_offset) != h.index_checksum)
+        snprintf(reason, n, "is damaged: the index's checksum differs");
     for (uint64_t i = 0; i < h.slices && !*reason; i++) {
         const ShardSlice *s = &index[i];
         const char *wrong = shard_slice_reason(s);
-        if (!wrong && (s->pixel_offset != offset || (s->mask_offset && s->mask_offset != offset + 2 * (uint64_t)s->rows * s->cols) ||
+        if (!wrong && (s->pixel_offset != offset ||
+                       (s->mask_offset && s->mask_offset != offset + 2 * (uint64_t)s->rows * s->cols) ||
                        shard_slice_bytes(s) > h.index_offset - offset)) wrong = "its pixels are not where they should be";
         if (wrong) snprintf(reason, n, "has a bad record: slice %llu: %s", (unsigned long long)i, wrong);
         else offset += shard_slice_bytes(s);
@@ -492,7 +497,8 @@ static inline void dataset_verify_slice(Dataset *d, uint64_t i) {
 // where the shards disagree on the names, since their labels then mean different things.
 static inline char *dataset_class_name(Dataset *d, int label) {
     if (d->clash)
-        fail(STATUS_DATA, "%s and %s have different class names; use them one at a time", d->shards[0].path, d->shards[d->clash].path);
+        fail(STATUS_DATA, "%s and %s have different class names; use them one at a time", d->shards[0].path,
+             d->shards[d->clash].path);
     if (label < 0 || d->shards[0].names_bytes == 0) return NULL;
     uint64_t first = 0;
     while (first < d->count && dataset_shard(d, first) != &d->shards[0]) first++;

@@ -2,7 +2,7 @@
 evaluate: how good are an encoder's frozen features? Slices through the encoder once, then simple probes on the features,
 trained on some patients and scored on others. It also writes the features for use elsewhere (--extract).
 
-  ./evaluate --model DIR --data PATH [--data PATH]... [--protocol knn|linear] [--random-init] [--extract PREFIX]     (--help: the rest)
+  ./evaluate --model DIR --data PATH [--data PATH]... [--protocol knn|linear] [--random-init] [--extract PREFIX]  (--help: the rest)
 
   Options, parse_options    the command line
   Study, study_read         the slices, their classes, and the split by patient
@@ -71,7 +71,8 @@ static double parse_number(const char *option, const char *text, double least, d
     char *end;
     double x = strtod(text, &end);
     if (end == text || *end || !(x >= least && x <= most) || (whole && x != floor(x)))
-        fail(STATUS_USAGE, "--%s %s: expected %s from %.10g to %.10g", option, text, whole ? "an integer" : "a number", least, most);
+        fail(STATUS_USAGE, "--%s %s: expected %s from %.10g to %.10g", option, text, whole ? "an integer" : "a number",
+             least, most);
     return x;
 }
 
@@ -89,7 +90,8 @@ static Options parse_options(int argc, char **argv) {
         {"random-init", no_argument, 0, 'r'}, {"test-share", required_argument, 0, 'x'}, {"seed", required_argument, 0, 's'},
         {"size", required_argument, 0, 'z'}, {"norm", required_argument, 0, 'n'}, {"clip-air", required_argument, 0, 'c'},
         {"device", required_argument, 0, 'v'}, {"help", no_argument, 0, 'h'}, {0}};
-    Options o = {.protocols = PROTOCOL_KNN | PROTOCOL_LINEAR, .feature_name = "cls", .norm = NORMALIZE_VIEW, .clip_air = -1, .seed = 1, .test_share = 0.5};
+    Options o = {.protocols = PROTOCOL_KNN | PROTOCOL_LINEAR, .feature_name = "cls", .norm = NORMALIZE_VIEW, .clip_air = -1,
+                 .seed = 1, .test_share = 0.5};
     o.data = xmalloc((size_t)argc * sizeof *o.data, "the command line");
     opterr = 0;
     for (int c; (c = getopt_long(argc, argv, ":", known, NULL)) != -1;) {
@@ -145,7 +147,9 @@ typedef struct {
     const char *unfit;              // why no probe can be scored, or NULL
 } Study;
 
-static int int_order(const void *a, const void *b) { return (*(const int *)a > *(const int *)b) - (*(const int *)a < *(const int *)b); }
+static int int_order(const void *a, const void *b) {
+    return (*(const int *)a > *(const int *)b) - (*(const int *)a < *(const int *)b);
+}
 
 // Numbers the labels that occur 0..classes-1, and splits the labelled rows by patient.
 static void study_split(Study *s, const Options *o) {
@@ -169,7 +173,8 @@ static void study_split(Study *s, const Options *o) {
     s->test = xmalloc(n * sizeof *s->test, "the split");
     for (size_t i = 0, j = 0; i < s->rows; i++) {
         if (s->slice[i].label < 0) continue;
-        s->label[i] = (int)((int *)bsearch(&s->slice[i].label, s->class_label, (size_t)s->classes, sizeof(int), int_order) - s->class_label);
+        s->label[i] = (int)((int *)bsearch(&s->slice[i].label, s->class_label, (size_t)s->classes, sizeof(int), int_order) -
+                            s->class_label);
         s->rank[i] = rank[j++];
         if (s->rank[i] < s->patients_train) s->train[s->n_train++] = i;
         else s->test[s->n_test++] = i;
@@ -192,8 +197,8 @@ static void study_warn_missing(const Study *s, Dataset *d, const size_t *rows, s
     }
     if (!missing) return;
     char *name = dataset_class_name(d, s->class_label[first]);
-    warn("%d of %d classes have no slice in the %s part (the first is %d%s%s): %s; more patients or another --seed may help", missing,
-         s->classes, part, s->class_label[first], name ? " " : "", name ? name : "", effect);
+    warn("%d of %d classes have no slice in the %s part (the first is %d%s%s): %s; more patients or another --seed may help",
+         missing, s->classes, part, s->class_label[first], name ? " " : "", name ? name : "", effect);
     free(name);
 }
 
@@ -238,7 +243,9 @@ static void show_progress(size_t done, size_t total, double start) {
 }
 
 // Width F of a feature.
-static size_t feature_width(const Config *c, const Options *o) { return (size_t)c->model_dim * (o->feature == FEATURE_BOTH ? 2 : 1); }
+static size_t feature_width(const Config *c, const Options *o) {
+    return (size_t)c->model_dim * (o->feature == FEATURE_BOTH ? 2 : 1);
+}
 
 // Features [rows, F] of the study's slices: of the final-norm tokens, CLS, the mean of the patches, or CLS then that mean.
 // Every slice's checksum is verified (status 3). Freed by the caller.
@@ -273,8 +280,8 @@ static float *encode_slices(const Backend *be, Model *m, const Config *c, Datase
             }
             for (size_t j = 0; j < width; j++)
                 if (!isfinite(out[j]))
-                    fail(STATUS_FAILED, "%s: slice %llu of the data gives a feature that is not a number; the weights are broken", o->model,
-                         (unsigned long long)s->index[first + (size_t)i]);
+                    fail(STATUS_FAILED, "%s: slice %llu of the data gives a feature that is not a number; the weights are broken",
+                         o->model, (unsigned long long)s->index[first + (size_t)i]);
         }
         show_progress(first + (size_t)n, s->rows, start);
     }
@@ -316,7 +323,8 @@ static void print_field(FILE *f, const char *text) {
 
 // Writes features [rows, width] and what each row is, makes both durable, and gives them their names.
 static void extract_write(Dataset *d, const Study *s, const float *features, size_t width) {
-    static const char *const modality[MODALITY_COUNT] = {"unknown", "CT", "MR"}, *const plane[PLANE_COUNT] = {"axial", "coronal", "sagittal"};
+    static const char *const modality[MODALITY_COUNT] = {"unknown", "CT", "MR"},
+                             *const plane[PLANE_COUNT] = {"axial", "coronal", "sagittal"};
     npy_write(extract[EXTRACT_NPY].file, extract[EXTRACT_NPY].partial, features, s->rows, width);
     char **name = xmalloc(((size_t)s->classes + 1) * sizeof *name, "the class names");
     for (int k = 0; k < s->classes; k++) name[k] = dataset_class_name(d, s->class_label[k]);
@@ -324,8 +332,8 @@ static void extract_write(Dataset *d, const Study *s, const float *features, siz
     fputs("row\tvolume\tpatient\tslice\tmodality\tplane\tlabel\tclass\n", f);
     for (size_t i = 0; i < s->rows; i++) {
         const ShardSlice *x = &s->slice[i];
-        fprintf(f, "%zu\t%016llx\t%016llx\t%d\t%s\t%s\t%d\t", i, (unsigned long long)x->volume_id, (unsigned long long)x->patient_id,
-                x->slice_number, modality[x->modality], plane[x->plane], x->label);
+        fprintf(f, "%zu\t%016llx\t%016llx\t%d\t%s\t%s\t%d\t", i, (unsigned long long)x->volume_id,
+                (unsigned long long)x->patient_id, x->slice_number, modality[x->modality], plane[x->plane], x->label);
         if (s->label[i] >= 0 && name[s->label[i]]) print_field(f, name[s->label[i]]);
         fputc('\n', f);
     }
@@ -333,7 +341,8 @@ static void extract_write(Dataset *d, const Study *s, const float *features, siz
     free(name);
     for (int i = 0; i < EXTRACT_FILES; i++) file_close(extract[i].file, extract[i].partial);
     for (int i = 0; i < EXTRACT_FILES; i++) {
-        if (rename(extract[i].partial, extract[i].path)) fail(STATUS_FAILED, "%s: cannot be given its name: %s", extract[i].path, strerror(errno));
+        if (rename(extract[i].partial, extract[i].path))
+            fail(STATUS_FAILED, "%s: cannot be given its name: %s", extract[i].path, strerror(errno));
         extract[i].file = NULL;
     }
     fprintf(stderr, "wrote %s [%zu, %zu] and %s\n", extract[EXTRACT_NPY].path, s->rows, width, extract[EXTRACT_TSV].path);
@@ -342,8 +351,8 @@ static void extract_write(Dataset *d, const Study *s, const float *features, siz
 // ---------------------------------------------------------------------------------------------------------------- results
 
 static const char *const columns =
-    "model\tdata\ttask\tprotocol\tfeature\tnorm\tclip_air\tn_train\tn_test\tpatients_train\tpatients_test\tclasses\tmajority\taccuracy\t"
-    "balanced_accuracy\tmacro_auroc\tauroc_classes\tsize\tseed\tsetting\n";
+    "model\tdata\ttask\tprotocol\tfeature\tnorm\tclip_air\tn_train\tn_test\tpatients_train\tpatients_test\tclasses\tmajority\t"
+    "accuracy\tbalanced_accuracy\tmacro_auroc\tauroc_classes\tsize\tseed\tsetting\n";
 
 // Prints a row for each protocol asked for: features [rows, F] of the encoder called `model`. majority is the accuracy of always
 // saying the training part's most frequent class; auroc_classes the number of classes that macro_auroc is the mean of.
@@ -361,13 +370,17 @@ static void score_features(const char *model, const Study *s, const Config *c, c
         if (!(o->protocols & protocol)) continue;
         char setting[128];
         if (protocol == PROTOCOL_KNN) {
-            knn_scores(features, width, s->train, s->n_train, s->test, n, s->label, s->classes, KNN_NEIGHBOURS, knn_temperature, scores);
+            knn_scores(features, width, s->train, s->n_train, s->test, n, s->label, s->classes, KNN_NEIGHBOURS,
+                       knn_temperature, scores);
             snprintf(setting, sizeof setting, "k=%d temperature=%g", KNN_NEIGHBOURS, knn_temperature);
         } else {
-            LinearProbe probe = linear_probe(features, width, s->train, s->n_train, s->test, n, s->label, s->rank, s->patients_train, s->classes, scores);
-            snprintf(setting, sizeof setting, "C=%g validation=%.4f iterations=%d", probe.C, probe.validation, probe.fit.iterations);
+            LinearProbe probe = linear_probe(features, width, s->train, s->n_train, s->test, n, s->label, s->rank,
+                                             s->patients_train, s->classes, scores);
+            snprintf(setting, sizeof setting, "C=%g validation=%.4f iterations=%d", probe.C, probe.validation,
+                     probe.fit.iterations);
             if (!probe.fit.converged)
-                warn("the linear probe stopped at %.2g above its least loss (aim: 1e-9) after %d iterations", probe.fit.gap, probe.fit.iterations);
+                warn("the linear probe stopped at %.2g above its least loss (aim: 1e-9) after %d iterations", probe.fit.gap,
+                     probe.fit.iterations);
         }
         argmax_rows(scores, n, s->classes, predicted);
         int used;
@@ -381,7 +394,8 @@ static void score_features(const char *model, const Study *s, const Config *c, c
         printf("\tlabel\t%s\t%s\t%s\t%d\t%zu\t%zu\t%zu\t%zu\t%d\t%.6f\t%.6f\t%.6f\t%.6f\t%d\t%lld\t%llu\t%s\n",
                protocol == PROTOCOL_KNN ? "knn" : "linear", o->feature_name, o->norm == NORMALIZE_VOLUME ? "volume" : "slice",
                c->data_clip_below_air, s->n_train, n, s->patients_train, s->patients_test, s->classes, majority,
-               accuracy(predicted, truth, n), balanced_accuracy(predicted, truth, n, s->classes), area, used, c->crops_global_size, (unsigned long long)o->seed, setting);
+               accuracy(predicted, truth, n), balanced_accuracy(predicted, truth, n, s->classes), area, used, c->crops_global_size,
+               (unsigned long long)o->seed, setting);
         fflush(stdout);
     }
     free(scores);
@@ -399,7 +413,8 @@ int main(int argc, char **argv) {
     hf_read_config(folder, &c);
     if (o.size) c.crops_global_size = o.size;
     if (c.crops_global_size % c.model_patch)
-        fail(STATUS_USAGE, "--size %lld: expected a multiple of the model's patch, %lld pixels", c.crops_global_size, c.model_patch);
+        fail(STATUS_USAGE, "--size %lld: expected a multiple of the model's patch, %lld pixels", c.crops_global_size,
+             c.model_patch);
     c.data_normalize = o.norm;
     if (o.clip_air >= 0) c.data_clip_below_air = o.clip_air;
     c.crops_local_size = c.model_patch;             // there are no local crops: any size that config_validate takes
@@ -408,14 +423,16 @@ int main(int argc, char **argv) {
 
     Dataset *d = dataset_open(o.data, o.n_data);
     Study s = study_read(d, &o);
-    if (s.unfit && (!o.extract || o.protocol_given)) fail(STATUS_DATA, "%s: %s; give shards with labels of more patients", o.data[0], s.unfit);
+    if (s.unfit && (!o.extract || o.protocol_given))
+        fail(STATUS_DATA, "%s: %s; give shards with labels of more patients", o.data[0], s.unfit);
     if (s.unfit) fprintf(stderr, "no scores, features alone: %s\n", s.unfit);
     if (o.extract) extract_open(o.extract);
 
     TensorTable t = tensors_build(&c, 0);
     Model *m = be->create(&c, &t, 0);
     hf_read_weights(be, m, &t, folder, "teacher.");
-    fprintf(stderr, "%s on %s: %lld pixels, %lld blocks of width %lld\n", folder, be->name, c.crops_global_size, c.model_depth, c.model_dim);
+    fprintf(stderr, "%s on %s: %lld pixels, %lld blocks of width %lld\n", folder, be->name, c.crops_global_size, c.model_depth,
+            c.model_dim);
     float *features = encode_slices(be, m, &c, d, &s, &o);
     if (o.extract) extract_write(d, &s, features, feature_width(&c, &o));
     if (!s.unfit) {

@@ -78,8 +78,10 @@ static void golden_resize(const SafeTensors *f, const char *suffix) {
     double *expected = golden_f64(f, out, &n), *got = xmalloc(n * sizeof *got, out);
     for (int i = 0; i < count; i++) {
         int top = (int)b[4 * i], left = (int)b[4 * i + 1], h = (int)b[4 * i + 2], w = (int)b[4 * i + 3];
-        if (top < 0 || left < 0 || h < 1 || w < 1 || top + h > H || left + w > W) fail(STATUS_DATA, "%s: %s: a box lies outside its image", f->path, boxes);
-        real *crop = xmalloc((size_t)h * w * sizeof(real), in), *view = xmalloc((size_t)S * S * sizeof(real), in), *scratch = xmalloc((size_t)h * S * sizeof(real), in);
+        if (top < 0 || left < 0 || h < 1 || w < 1 || top + h > H || left + w > W)
+            fail(STATUS_DATA, "%s: %s: a box lies outside its image", f->path, boxes);
+        real *crop = xmalloc((size_t)h * w * sizeof(real), in), *view = xmalloc((size_t)S * S * sizeof(real), in),
+             *scratch = xmalloc((size_t)h * S * sizeof(real), in);
         for (int y = 0; y < h; y++) for (int x = 0; x < w; x++) crop[y * w + x] = pixels[((size_t)i * H + top + y) * W + left + x];
         Resize rows = resize_plan(h, S, INTERPOLATE_ANTIALIAS), cols = resize_plan(w, S, INTERPOLATE_ANTIALIAS);
         resize_image(&rows, &cols, 1, crop, view, scratch);
@@ -108,7 +110,8 @@ static void golden_posembed(const SafeTensors *f, const SafeTensor *result) {
     int D = (int)input->shape[1], M = (int)lround(sqrt((double)input->shape[0] - 1));
     size_t n, n_in;
     double *expected = golden_f64(f, result->name, &n), *position = golden_f64(f, in, &n_in), *got = xmalloc(n * sizeof *got, in);
-    real *from = xmalloc(n_in * sizeof(real), in), *to = xmalloc(n * sizeof(real), in), *scratch = xmalloc((size_t)M * m * D * sizeof(real), in);
+    real *from = xmalloc(n_in * sizeof(real), in), *to = xmalloc(n * sizeof(real), in),
+         *scratch = xmalloc((size_t)M * m * D * sizeof(real), in);
     for (size_t i = 0; i < n_in; i++) from[i] = (real)position[i];
     memcpy(to, from, (size_t)D * sizeof(real));
     Resize r = resize_plan(M, m, choice_index("offset|antialias|size", mode));
@@ -139,7 +142,8 @@ static int *golden_drop(const SafeTensors *f, const char *group, const char *bra
         int64_t *index = xmalloc((size_t)n * sizeof *index, name);
         safetensors_read_i64(f, t, index);
         for (int i = 0; i < n; i++) {
-            if (index[i] < 0 || index[i] >= sequences) fail(STATUS_DATA, "%s: %s: no sequence %lld", f->path, name, (long long)index[i]);
+            if (index[i] < 0 || index[i] >= sequences)
+                fail(STATUS_DATA, "%s: %s: no sequence %lld", f->path, name, (long long)index[i]);
             all[l * n + i] = (int)index[i];
         }
         free(index);
@@ -147,7 +151,8 @@ static int *golden_drop(const SafeTensors *f, const char *group, const char *bra
     return all;
 }
 
-static void golden_load(const Backend *backend, Model *m, const SafeTensors *f, const char *file_prefix, const char *model_prefix, const TensorTable *t, int needed) {
+static void golden_load(const Backend *backend, Model *m, const SafeTensors *f, const char *file_prefix, const char *model_prefix,
+                        const TensorTable *t, int needed) {
     char from[160], to[160];
     for (int i = 0; i < t->count; i++) {
         snprintf(from, sizeof from, "%s%s", file_prefix, t->tensors[i].name);
@@ -156,7 +161,8 @@ static void golden_load(const Backend *backend, Model *m, const SafeTensors *f, 
         double *x = golden_f64(f, from, &n);
         if (!x && needed) fail(STATUS_DATA, "%s: tensor %s is missing", f->path, from);
         if (!x) continue;
-        if (n != t->tensors[i].size) fail(STATUS_DATA, "%s: tensor %s has %zu elements, the config makes %zu", f->path, from, n, t->tensors[i].size);
+        if (n != t->tensors[i].size)
+            fail(STATUS_DATA, "%s: tensor %s has %zu elements, the config makes %zu", f->path, from, n, t->tensors[i].size);
         backend->write(m, to, DTYPE_F64, x);
         free(x);
     }
@@ -200,7 +206,8 @@ static void golden_step(const Backend *backend, const SafeTensors *f) {
         free(x);
     }
 
-    const SafeTensor *global = golden_need(f, "batch.global", 4), *local = safetensors_find(f, "batch.local"), *mask = safetensors_find(f, "batch.mask");
+    const SafeTensor *global = golden_need(f, "batch.global", 4), *local = safetensors_find(f, "batch.local"),
+                     *mask = safetensors_find(f, "batch.mask");
     const SafeTensor *directions = safetensors_find(f, "batch.directions"), *gram = safetensors_find(f, "batch.gram_target");
     Batch b = {0};
     b.globals = (int)global->shape[0];
@@ -213,9 +220,12 @@ static void golden_step(const Backend *backend, const SafeTensors *f) {
         fail(STATUS_DATA, "%s: batch.global or batch.local does not have the sizes of its config", f->path);
     size_t N = (size_t)(b.global_size / c.model_patch) * (b.global_size / c.model_patch);
     size_t width = c.sigreg_on == SIGREG_CLS ? c.model_dim : c.dino_bottleneck;
-    if ((mask && safetensors_elements(mask) != b.globals * N) || (gram && safetensors_elements(gram) != b.globals * N * c.model_dim) ||
-        (directions && safetensors_elements(directions) != c.sigreg_slices * width) || (c.sigreg_weight > 0 && !directions) || (c.gram_weight > 0 && !gram))
-        fail(STATUS_DATA, "%s: batch.mask, batch.directions or batch.gram_target is missing or does not have the sizes of its config", f->path);
+    if ((mask && safetensors_elements(mask) != b.globals * N) ||
+        (gram && safetensors_elements(gram) != b.globals * N * c.model_dim) ||
+        (directions && safetensors_elements(directions) != c.sigreg_slices * width) ||
+        (c.sigreg_weight > 0 && !directions) || (c.gram_weight > 0 && !gram))
+        fail(STATUS_DATA,
+             "%s: batch.mask, batch.directions or batch.gram_target is missing or does not have the sizes of its config", f->path);
     b.global_pixels = golden_f32(f, "batch.global");
     b.local_pixels = golden_f32(f, "batch.local");
     b.directions = golden_f32(f, "batch.directions");
@@ -231,7 +241,8 @@ static void golden_step(const Backend *backend, const SafeTensors *f) {
     b.mask = mask_bytes;
     static const char *const groups[] = {"global", "local"}, *const branches[] = {"attn", "ffn"};
     for (int g = 0; g < 2; g++)
-        for (int i = 0; i < 2; i++) b.drop[g][i] = golden_drop(f, groups[g], branches[i], (int)c.model_depth, g ? b.locals : b.globals, &b.kept[g]);
+        for (int i = 0; i < 2; i++)
+            b.drop[g][i] = golden_drop(f, groups[g], branches[i], (int)c.model_depth, g ? b.locals : b.globals, &b.kept[g]);
     int64_t taken = 0;
     if (step) json_integer(step, &taken);
     b.step = taken;
@@ -247,7 +258,8 @@ static void golden_step(const Backend *backend, const SafeTensors *f) {
             starts(name, "resize.") || starts(name, "posembed.")) continue;
         size_t n;
         double *expected = golden_f64(f, name, &n), *got = NULL, loss = 0;
-        for (size_t k = 0; k < sizeof losses / sizeof *losses; k++) if (!strcmp(name, losses[k].name)) loss = losses[k].value, got = &loss;
+        for (size_t k = 0; k < sizeof losses / sizeof *losses; k++)
+            if (!strcmp(name, losses[k].name)) loss = losses[k].value, got = &loss;
         const char *source = starts(name, "after.") ? name + 6 : name;
         if (!got && backend->read(m, source, DTYPE_F64, NULL) == n) {
             got = xmalloc(n * sizeof *got, name);
@@ -294,7 +306,8 @@ static void golden_folder(const Backend *backend, const char *dir) {
         double *expected = golden_f64(f, f->tensors[i].name, &n), *got = xmalloc(n * sizeof *got, path);
         float *tokens = xmalloc(n * sizeof *tokens, path);
         size_t patches = (size_t)(b.global_size / c.model_patch) * (b.global_size / c.model_patch);
-        if (n != b.globals * (1 + c.model_registers + patches) * c.model_dim) fail(STATUS_DATA, "%s: %s has %zu elements", path, f->tensors[i].name, n);
+        if (n != b.globals * (1 + c.model_registers + patches) * c.model_dim)
+            fail(STATUS_DATA, "%s: %s has %zu elements", path, f->tensors[i].name, n);
         backend->encode(m, &b, tokens);
         for (size_t k = 0; k < n; k++) got[k] = tokens[k];
         check(f->tensors[i].name, relative_error(got, expected, n, 0), 1e-5);
@@ -335,10 +348,11 @@ typedef struct { const char *name; const char *sets[16]; } Case;
 
 // Small shapes with no two sizes alike. lr 0 and momentum 1: a step leaves the parameters as they are.
 static const char *const small_model[] = {
-    "model.dim=16", "model.heads=2", "model.depth=2", "model.patch=4", "model.ffn_hidden=24", "model.layerscale=0.7", "model.pos_grid=5",
-    "crops.global_size=16", "crops.local_size=8", "crops.local_count=3", "dino.prototypes=11", "dino.bottleneck=7", "dino.hidden=9",
-    "ibot.prototypes=13", "ibot.bottleneck=5", "ibot.hidden=10", "sigreg.slices=6", "sigreg.weight=0", "optim.batch_size=3", "optim.lr=0", "optim.lr_min=0",
-    "teacher.momentum=1", "optim.scaling=none", "student.temp=0.3", "teacher.temp=0.2", "teacher.warmup_temp=0.2"};
+    "model.dim=16", "model.heads=2", "model.depth=2", "model.patch=4", "model.ffn_hidden=24", "model.layerscale=0.7",
+    "model.pos_grid=5", "crops.global_size=16", "crops.local_size=8", "crops.local_count=3", "dino.prototypes=11",
+    "dino.bottleneck=7", "dino.hidden=9", "ibot.prototypes=13", "ibot.bottleneck=5", "ibot.hidden=10", "sigreg.slices=6",
+    "sigreg.weight=0", "optim.batch_size=3", "optim.lr=0", "optim.lr_min=0", "teacher.momentum=1", "optim.scaling=none",
+    "student.temp=0.3", "teacher.temp=0.2", "teacher.warmup_temp=0.2"};
 
 static const Case gradient_cases[] = {
     {"dino", {"ibot.weight=0"}},
@@ -346,19 +360,29 @@ static const Case gradient_cases[] = {
     {"ibot, separate head of two layers", {"dino.weight=0", "ibot.separate_head=1", "ibot.layers=2"}},
     {"koleo", {"dino.weight=0", "ibot.weight=0", "koleo.weight=0.8"}},
     {"sigreg, bottleneck", {"dino.weight=0", "ibot.weight=0", "sigreg.weight=0.9"}},
-    {"sigreg, class tokens, one-sided grid, times n", {"dino.weight=0", "ibot.weight=0", "sigreg.weight=0.9", "sigreg.on=cls", "sigreg.t_min=0", "sigreg.t_max=3", "sigreg.scale_by_n=1"}},
+    {"sigreg, class tokens, one-sided grid, times n",
+     {"dino.weight=0", "ibot.weight=0", "sigreg.weight=0.9", "sigreg.on=cls", "sigreg.t_min=0", "sigreg.t_max=3",
+      "sigreg.scale_by_n=1"}},
     {"gram", {"dino.weight=0", "ibot.weight=0", "gram.weight=1.3"}},
     {"swiglu, drop path", {"model.ffn=swiglu", "model.drop_path=0.4", "sigreg.weight=0.1"}},
-    {"registers, antialiased positions, head of one layer", {"model.registers=3", "model.interpolate=antialias", "dino.layers=1", "koleo.weight=0.1"}},
-    {"two channels, softmax centering, positions at the crop's grid", {"model.channels=2", "teacher.centering=softmax", "model.pos_grid=4", "model.interpolate=size"}},
-    {"everything", {"model.ffn=swiglu", "model.registers=2", "model.drop_path=0.3", "ibot.separate_head=1", "koleo.weight=0.2", "sigreg.weight=0.3", "gram.weight=0.5"}},
+    {"registers, antialiased positions, head of one layer",
+     {"model.registers=3", "model.interpolate=antialias", "dino.layers=1", "koleo.weight=0.1"}},
+    {"two channels, softmax centering, positions at the crop's grid",
+     {"model.channels=2", "teacher.centering=softmax", "model.pos_grid=4", "model.interpolate=size"}},
+    {"no masked patch, separate head", {"ibot.separate_head=1", "mask.probability=0"}},
+    {"no local crops", {"crops.local_count=0", "sigreg.weight=0.2", "model.drop_path=0.3"}},
+    {"everything",
+     {"model.ffn=swiglu", "model.registers=2", "model.drop_path=0.3", "ibot.separate_head=1", "koleo.weight=0.2",
+      "sigreg.weight=0.3", "gram.weight=0.5"}},
 };
 
 static Config case_config(const Case *k) {
     Config c = config_default();
     char key[128];
     for (size_t i = 0; i < sizeof small_model / sizeof *small_model + sizeof k->sets / sizeof *k->sets; i++) {
-        const char *set = i < sizeof small_model / sizeof *small_model ? small_model[i] : k->sets[i - sizeof small_model / sizeof *small_model];
+        const char *set = i < sizeof small_model / sizeof *small_model
+                              ? small_model[i]
+                              : k->sets[i - sizeof small_model / sizeof *small_model];
         if (!set) break;
         snprintf(key, sizeof key, "%.*s", (int)strcspn(set, "="), set);
         config_set(&c, key, strchr(set, '=') + 1, k->name);
@@ -379,7 +403,8 @@ static float *random_floats(Rng *r, size_t n) {
 static RandomBatch random_batch(const Config *c, uint64_t seed) {
     RandomBatch x = {0};
     Rng r = rng_at(seed, RNG_TEST, 0, 0, 0);
-    int B = (int)c->optim_batch_size, G = (int)c->crops_global_size, l = (int)c->crops_local_size, N = G / (int)c->model_patch * (G / (int)c->model_patch);
+    int B = (int)c->optim_batch_size, G = (int)c->crops_global_size, l = (int)c->crops_local_size,
+        N = G / (int)c->model_patch * (G / (int)c->model_patch);
     x.b.samples = B;
     x.b.globals = 2 * B;
     x.b.locals = (int)c->crops_local_count * B;
@@ -391,7 +416,7 @@ static RandomBatch random_batch(const Config *c, uint64_t seed) {
     size_t width = c->sigreg_on == SIGREG_CLS ? c->model_dim : c->dino_bottleneck;
     x.b.directions = x.directions = random_floats(&r, c->sigreg_slices * width);
     x.b.mask = x.mask = xmalloc((size_t)x.b.globals * N, "a test");
-    for (int i = 0; i < x.b.globals * N; i++) x.mask[i] = i / N % 2 == 0 && rng_uniform(&r) < 0.4;
+    for (int i = 0; i < x.b.globals * N; i++) x.mask[i] = c->mask_probability > 0 && i / N % 2 == 0 && rng_uniform(&r) < 0.4;
     int *scratch = xmalloc((size_t)(x.b.globals + x.b.locals) * sizeof(int), "a test");
     for (int g = 0; g < 2 && c->model_drop_path > 0; g++)
         for (int branch = 0; branch < 2; branch++) {
@@ -406,7 +431,8 @@ static RandomBatch random_batch(const Config *c, uint64_t seed) {
 }
 
 static void random_batch_free(RandomBatch *x) {
-    void *all[] = {x->global, x->local, x->directions, x->gram, x->mask, x->drop[0][0], x->drop[0][1], x->drop[1][0], x->drop[1][1]};
+    void *all[] = {x->global, x->local, x->directions, x->gram, x->mask, x->drop[0][0], x->drop[0][1], x->drop[1][0],
+                   x->drop[1][1]};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -418,14 +444,16 @@ static void random_weights(const Backend *backend, Model *m, const TensorTable *
         for (int i = 0; i < t->count; i++) {
             Rng r = rng_at(seed, RNG_TEST, 1, (uint64_t)p, (uint32_t)i);
             double *x = xmalloc(t->tensors[i].size * sizeof *x, "a test");
-            for (size_t k = 0; k < t->tensors[i].size; k++) x[k] = (t->tensors[i].init == INIT_ONE || t->tensors[i].init == INIT_CONSTANT ? 1 : 0) + 0.3 * rng_normal(&r);
+            for (size_t k = 0; k < t->tensors[i].size; k++)
+                x[k] = (t->tensors[i].init == INIT_ONE || t->tensors[i].init == INIT_CONSTANT ? 1 : 0) + 0.3 * rng_normal(&r);
             snprintf(name, sizeof name, "%s%s", prefixes[p], t->tensors[i].name);
             backend->write(m, name, DTYPE_F64, x);
             free(x);
         }
 }
 
-static double loss_at(const Backend *backend, Model *m, const char *name, const double *x, const Batch *b, const double *centers[2]) {
+static double loss_at(const Backend *backend, Model *m, const char *name, const double *x, const Batch *b,
+                      const double *centers[2]) {
     StepResult r;
     backend->write(m, name, DTYPE_F64, x);
     backend->write(m, "center.dino", DTYPE_F64, centers[0]);
@@ -435,7 +463,8 @@ static double loss_at(const Backend *backend, Model *m, const char *name, const 
 }
 
 // Derivative along `direction` by the five-point rule: error h^4.
-static double difference(const Backend *backend, Model *m, const char *name, const double *x, double *moved, const double *direction, size_t n, const Batch *b, const double *centers[2]) {
+static double difference(const Backend *backend, Model *m, const char *name, const double *x, double *moved,
+                         const double *direction, size_t n, const Batch *b, const double *centers[2]) {
     static const double h = 5e-4, steps[4] = {1, -1, 2, -2}, weights[4] = {8, -8, -1, 1};
     double sum = 0;
     for (int s = 0; s < 4; s++) {
@@ -465,7 +494,8 @@ static void test_gradients(const Backend *backend, const Case *k) {
         char name[128], grad[128], label[256];
         snprintf(name, sizeof name, "student.%s", t.tensors[i].name);
         snprintf(grad, sizeof grad, "grad.%s", t.tensors[i].name);
-        double *x = xmalloc(n * sizeof *x, name), *g = xmalloc(n * sizeof *g, name), *direction = xmalloc(n * sizeof *direction, name), *moved = xmalloc(n * sizeof *moved, name);
+        double *x = xmalloc(n * sizeof *x, name), *g = xmalloc(n * sizeof *g, name),
+               *direction = xmalloc(n * sizeof *direction, name), *moved = xmalloc(n * sizeof *moved, name);
         double by_difference[SAMPLED + 1], by_backward[SAMPLED + 1];
         backend->read(m, name, DTYPE_F64, x);
         loss_at(backend, m, name, x, &batch.b, const_centers);
@@ -507,8 +537,9 @@ static void test_gradients(const Backend *backend, const Case *k) {
 // Two steps with one thread and with three: every tensor equal to the bit.
 static void test_threads(const Backend *backend) {
 #ifdef _OPENMP
-    static const Case k = {"threads", {"model.dim=128", "model.ffn=swiglu", "model.ffn_hidden=344", "model.drop_path=0.3", "dino.prototypes=300", "ibot.separate_head=1",
-                                       "koleo.weight=0.1", "sigreg.weight=0.1", "gram.weight=0.2", "optim.lr=0.01", "teacher.momentum=0.9", "optim.batch_size=5"}};
+    static const Case k = {"threads", {"model.dim=128", "model.ffn=swiglu", "model.ffn_hidden=344", "model.drop_path=0.3",
+                                       "dino.prototypes=300", "ibot.separate_head=1", "koleo.weight=0.1", "sigreg.weight=0.1",
+                                       "gram.weight=0.2", "optim.lr=0.01", "teacher.momentum=0.9", "optim.batch_size=5"}};
     Config c = case_config(&k);
     TensorTable t = tensors_build(&c, 1);
     RandomBatch batch = random_batch(&c, 3);
@@ -548,15 +579,18 @@ static void test_threads(const Backend *backend) {
 
 // Products of shapes that leave tails in every blocking dimension, against the definition.
 static void test_gemm(void) {
-    static const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {14, 32, 256}, {15, 33, 257}, {197, 64, 197}, {230, 1100, 300}, {1, 2000, 513}};
+    static const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {14, 32, 256}, {15, 33, 257}, {197, 64, 197}, {230, 1100, 300},
+                                    {1, 2000, 513}, {5, 7, 0}};
     double worst = 0;
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         int m = shapes[s][0], n = shapes[s][1], k = shapes[s][2];
         Rng r = rng_at(s, RNG_TEST, 2, 0, 0);
-        float *a = random_floats(&r, (size_t)m * k), *b = random_floats(&r, (size_t)k * n), *start = random_floats(&r, (size_t)m * n);
+        float *a = random_floats(&r, (size_t)m * k), *b = random_floats(&r, (size_t)k * n),
+              *start = random_floats(&r, (size_t)m * n);
         for (int variant = 0; variant < 8; variant++) {
             int at = variant & 1, bt = variant >> 1 & 1, add = variant >> 2;
-            real *x = xmalloc((size_t)m * k * sizeof(real), "a"), *y = xmalloc((size_t)k * n * sizeof(real), "b"), *c = xmalloc((size_t)m * n * sizeof(real), "c");
+            real *x = xmalloc((size_t)m * k * sizeof(real), "a"), *y = xmalloc((size_t)k * n * sizeof(real), "b"),
+                 *c = xmalloc((size_t)m * n * sizeof(real), "c");
             for (int i = 0; i < m * k; i++) x[i] = a[i];
             for (int i = 0; i < k * n; i++) y[i] = b[i];
             for (int i = 0; i < m * n; i++) c[i] = start[i];
@@ -565,11 +599,12 @@ static void test_gemm(void) {
             for (int i = 0; i < m; i++)
                 for (int j = 0; j < n; j++) {
                     double sum = add ? start[i * n + j] : 0;
-                    for (int p = 0; p < k; p++) sum += (double)(at ? a[p * m + i] : a[i * k + p]) * (bt ? b[j * k + p] : b[p * n + j]);
+                    for (int p = 0; p < k; p++)
+                        sum += (double)(at ? a[p * m + i] : a[i * k + p]) * (bt ? b[j * k + p] : b[p * n + j]);
                     error += (sum - c[i * n + j]) * (sum - c[i * n + j]);
                     size += sum * sum;
                 }
-            worst = fmax(worst, sqrt(error / size));
+            worst = fmax(worst, sqrt(error / (size > 0 ? size : 1)));
             free(x);
             free(y);
             free(c);
@@ -620,7 +655,8 @@ static void test_resize_adjoint(void) {
 
 static void test_tables(void) {
     Config c = config_default();
-    static const char *const sets[][2] = {{"model.dim", "768"}, {"model.heads", "12"}, {"model.ffn", "swiglu"}, {"crops.global_size", "512"}};
+    static const char *const sets[][2] = {{"model.dim", "768"}, {"model.heads", "12"}, {"model.ffn", "swiglu"},
+                                          {"crops.global_size", "512"}};
     for (int i = 0; i < 4; i++) config_set(&c, sets[i][0], sets[i][1], "a test");
     config_validate(&c, "a test");
     TensorTable t = tensors_build(&c, 0);
@@ -673,7 +709,8 @@ static void test_pixels(const Backend *backend) {
 }
 
 int main(int argc, char **argv) {
-    static const struct option options[] = {{"golden", 1, 0, 'g'}, {"device", 1, 0, 'd'}, {"quick", 0, 0, 'q'}, {"help", 0, 0, 'h'}, {0}};
+    static const struct option options[] = {{"golden", 1, 0, 'g'}, {"device", 1, 0, 'd'}, {"quick", 0, 0, 'q'},
+                                            {"help", 0, 0, 'h'}, {0}};
     const char *files[1024];
     int count = 0, quick = 0;
     for (int k; (k = getopt_long(argc, argv, "", options, NULL)) != -1;) {
@@ -687,7 +724,8 @@ int main(int argc, char **argv) {
         if (k == 'g' && count == 1024) fail(STATUS_USAGE, "more than 1024 --golden files");
         if (k == 'g') files[count++] = optarg;
         if (k == 'q') quick = 1;
-        if (k == 'd' && strcmp(optarg, "cpu")) fail(STATUS_USAGE, "--device %s: this program was built with the CPU backend only", optarg);
+        if (k == 'd' && strcmp(optarg, "cpu"))
+            fail(STATUS_USAGE, "--device %s: this program was built with the CPU backend only", optarg);
     }
     if (optind < argc) fail(STATUS_USAGE, "unexpected argument '%s'; golden files are named by --golden FILE", argv[optind]);
     for (int i = 0; i < count; i++) golden(&cpu_backend, files[i]);
@@ -701,7 +739,8 @@ int main(int argc, char **argv) {
 #ifdef _OPENMP
         omp_set_num_threads(1);         // the cases are too small to share
 #endif
-        for (size_t i = 0; !quick && i < sizeof gradient_cases / sizeof *gradient_cases; i++) test_gradients(&cpu_backend_fp64, &gradient_cases[i]);
+        for (size_t i = 0; !quick && i < sizeof gradient_cases / sizeof *gradient_cases; i++)
+            test_gradients(&cpu_backend_fp64, &gradient_cases[i]);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed ? STATUS_FAILED : STATUS_DONE;

@@ -1440,7 +1440,8 @@ static Config make_config(const Options *o, const char *init_dir, const char *ch
                 char value[256];
                 config_format(&folder, &config_keys[i], value);
                 // how the model is trained on, unlike what it is, stays the recipe's
-                if (!strncmp(key, "model.", 6) && strcmp(key, "model.drop_path") && strcmp(key, "model.interpolate"))
+                if (!strncmp(key, "model.", 6) && strcmp(key, "model.drop_path") && strcmp(key, "model.interpolate") &&
+                    strcmp(key, "model.init_std"))
                     config_set(&c, key, value, init_dir);
             }
         }

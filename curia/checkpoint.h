@@ -50,7 +50,8 @@ static inline void hf_read_config(const char *dir, Config *c) {
         fail(STATUS_DATA, "%s: layer_norm_eps is not 1e-6, the only value supported", path);
     if (hf_number(o, dir, "qkv_bias", 1) == 0) fail(STATUS_DATA, "%s: qkv_bias is false; only models with it are supported", path);
     double image = hf_number(o, dir, "image_size", NAN), patch = hf_number(o, dir, "patch_size", NAN);
-    if (!(patch >= 1) || !(image >= patch)) fail(STATUS_DATA, "%s: image_size %g and patch_size %g make no grid", path, image, patch);
+    if (!(patch >= 1) || !(image >= patch))
+        fail(STATUS_DATA, "%s: image_size %g and patch_size %g make no grid", path, image, patch);
     struct { const char *key; double value; } values[] = {
         {"model.dim", hf_number(o, dir, "hidden_size", NAN)}, {"model.depth", hf_number(o, dir, "num_hidden_layers", NAN)},
         {"model.heads", hf_number(o, dir, "num_attention_heads", NAN)}, {"model.patch", patch},
@@ -100,7 +101,8 @@ static inline void hf_read_weights(const Backend *backend, Model *m, const Tenso
         if (!s) fail(STATUS_DATA, "%s: tensor %s is missing", dir, name);
         int same = s->rank == x->rank;
         for (int d = 0; same && d < x->rank; d++) same = s->shape[d] == x->shape[d];
-        if (!same) fail(STATUS_DATA, "%s: tensor %s has another shape than config.json's model; see model.* keys", file->path, name);
+        if (!same)
+            fail(STATUS_DATA, "%s: tensor %s has another shape than config.json's model; see model.* keys", file->path, name);
         float *values = xmalloc(x->size * sizeof(float), name);
         safetensors_read_f32(file, s, values);
         snprintf(name, sizeof name, "%s%s", prefix, x->name);
@@ -118,7 +120,8 @@ static inline void hf_read_weights(const Backend *backend, Model *m, const Tenso
 }
 
 // Streams tensors of a model into one file. names[i] is a name of curia/backend.h, stored under names[i] + skip.
-static inline void write_tensors(const Backend *backend, Model *m, const char *path, char (*names)[128], const Tensor **shapes, int count, int skip) {
+static inline void write_tensors(const Backend *backend, Model *m, const char *path, char (*names)[128], const Tensor **shapes,
+                                 int count, int skip) {
     SafeWriter w;
     safetensors_write_begin(&w, path, NULL);
     size_t largest = 0;
@@ -126,7 +129,8 @@ static inline void write_tensors(const Backend *backend, Model *m, const char *p
         size_t n = backend->read(m, names[i], DTYPE_F32, NULL);
         int64_t flat[1] = {(int64_t)n};
         if (n > largest) largest = n;
-        safetensors_write_declare(&w, names[i] + skip, DTYPE_F32, shapes[i] ? shapes[i]->rank : 1, shapes[i] ? shapes[i]->shape : flat);
+        safetensors_write_declare(&w, names[i] + skip, DTYPE_F32, shapes[i] ? shapes[i]->rank : 1,
+                                  shapes[i] ? shapes[i]->shape : flat);
     }
     float *values = xmalloc(largest * sizeof(float), "a tensor to save");
     for (int i = 0; i < count; i++) {
@@ -156,33 +160,40 @@ static inline void list_free(TensorList *l) {
 }
 
 // `prefix` ("teacher." or "student.") as a Hugging Face folder: config.json, model.safetensors, preprocessor_config.json.
-static inline void hf_write(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *dir, const char *prefix) {
+static inline void hf_write(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *dir,
+                            const char *prefix) {
     char path[PATH_SIZE];
     file_make_dirs(dir);
     int registers = c->model_registers > 0, swiglu = c->model_ffn == FFN_SWIGLU;
     long long ratio_hidden = ffn_hidden_rule(c->model_dim, (int)c->model_ffn);
     // transformers derives F from mlp_ratio: any ratio that its rule turns into F will do
-    double ratio = ratio_hidden == c->model_ffn_hidden ? 4 : (swiglu ? 1.5 : 1) * (double)c->model_ffn_hidden / (double)c->model_dim;
+    double ratio = ratio_hidden == c->model_ffn_hidden
+                       ? 4
+                       : (swiglu ? 1.5 : 1) * (double)c->model_ffn_hidden / (double)c->model_dim;
     path_join(path, dir, "config.json");
     FILE *f = file_create(path);
     fprintf(f, "{\n  \"apply_layernorm\": true,\n  \"architectures\": [\"%s\"],\n  \"attention_probs_dropout_prob\": 0.0,\n"
-               "  \"drop_path_rate\": %.10g,\n  \"dtype\": \"float32\",\n  \"hidden_act\": \"gelu\",\n  \"hidden_dropout_prob\": 0.0,\n"
-               "  \"hidden_size\": %lld,\n  \"image_size\": %lld,\n  \"initializer_range\": 0.02,\n  \"layer_norm_eps\": 1e-06,\n"
-               "  \"layerscale_value\": %.10g,\n  \"mlp_ratio\": %.17g,\n  \"model_type\": \"%s\",\n  \"num_attention_heads\": %lld,\n"
+               "  \"drop_path_rate\": %.10g,\n  \"dtype\": \"float32\",\n  \"hidden_act\": \"gelu\",\n"
+               "  \"hidden_dropout_prob\": 0.0,\n  \"hidden_size\": %lld,\n  \"image_size\": %lld,\n"
+               "  \"initializer_range\": 0.02,\n  \"layer_norm_eps\": 1e-06,\n  \"layerscale_value\": %.10g,\n"
+               "  \"mlp_ratio\": %.17g,\n  \"model_type\": \"%s\",\n  \"num_attention_heads\": %lld,\n"
                "  \"num_channels\": %lld,\n  \"num_hidden_layers\": %lld,\n",
-            registers ? "Dinov2WithRegistersModel" : "Dinov2Model", c->model_drop_path, c->model_dim, c->model_pos_grid * c->model_patch,
-            c->model_layerscale, ratio, registers ? "dinov2_with_registers" : "dinov2", c->model_heads, c->model_channels, c->model_depth);
+            registers ? "Dinov2WithRegistersModel" : "Dinov2Model", c->model_drop_path, c->model_dim,
+            c->model_pos_grid * c->model_patch, c->model_layerscale, ratio, registers ? "dinov2_with_registers" : "dinov2",
+            c->model_heads, c->model_channels, c->model_depth);
     if (registers) fprintf(f, "  \"num_register_tokens\": %lld,\n", c->model_registers);
     fprintf(f, "  \"patch_size\": %lld,\n  \"qkv_bias\": true,\n  \"use_mask_token\": true,\n  \"use_swiglu_ffn\": %s\n}\n",
             c->model_patch, swiglu ? "true" : "false");
     file_close(f, path);
     path_join(path, dir, "preprocessor_config.json");
     f = file_create(path);
-    fprintf(f, "{\n  \"clip_below_air\": %s,\n  \"crop_size\": %lld,\n  \"do_normalize\": true,\n  \"do_resize\": true,\n  \"eps\": 1e-06,\n"
-               "  \"image_processor_type\": \"CuriaImageProcessor\"\n}\n", c->data_clip_below_air ? "true" : "false", c->model_pos_grid * c->model_patch);
+    fprintf(f, "{\n  \"clip_below_air\": %s,\n  \"crop_size\": %lld,\n  \"do_normalize\": true,\n  \"do_resize\": true,\n"
+               "  \"eps\": 1e-06,\n  \"image_processor_type\": \"CuriaImageProcessor\"\n}\n",
+            c->data_clip_below_air ? "true" : "false", c->model_pos_grid * c->model_patch);
     file_close(f, path);
     TensorList l = {0};
-    for (int i = 0; i < t->count; i++) if (t->tensors[i].group == GROUP_BACKBONE) list_add(&l, &t->tensors[i], prefix, t->tensors[i].name);
+    for (int i = 0; i < t->count; i++)
+        if (t->tensors[i].group == GROUP_BACKBONE) list_add(&l, &t->tensors[i], prefix, t->tensors[i].name);
     path_join(path, dir, "model.safetensors");
     write_tensors(backend, m, path, l.names, l.shapes, l.count, (int)strlen(prefix));
     list_free(&l);
@@ -197,8 +208,8 @@ typedef struct {
     uint64_t data_identity;         // of the shards: a run goes on with the same data only
 } RunState;
 
-static const char *const checkpoint_files[] = {"teacher/config.json", "teacher/preprocessor_config.json", "teacher/model.safetensors",
-                                               "student.safetensors", "optimizer.safetensors"};
+static const char *const checkpoint_files[] = {"teacher/config.json", "teacher/preprocessor_config.json",
+                                               "teacher/model.safetensors", "student.safetensors", "optimizer.safetensors"};
 
 static inline uint64_t file_checksum(const char *path) {
     int fd = open(path, O_RDONLY);
@@ -217,7 +228,8 @@ static inline TensorList optimizer_tensors(const Backend *backend, Model *m, con
     TensorList l = {0};
     for (int i = 0; i < t->count; i++) list_add(&l, &t->tensors[i], "optim.exp_avg.", t->tensors[i].name);
     for (int i = 0; i < t->count; i++) list_add(&l, &t->tensors[i], "optim.exp_avg_sq.", t->tensors[i].name);
-    for (int i = 0; i < t->count; i++) if (t->tensors[i].group != GROUP_BACKBONE) list_add(&l, &t->tensors[i], "teacher.", t->tensors[i].name);
+    for (int i = 0; i < t->count; i++)
+        if (t->tensors[i].group != GROUP_BACKBONE) list_add(&l, &t->tensors[i], "teacher.", t->tensors[i].name);
     static const char *const centers[] = {"center.dino", "center.ibot"};
     for (int i = 0; i < 2; i++) if (backend->read(m, centers[i], DTYPE_F32, NULL)) list_add(&l, NULL, centers[i], "");
     return l;
@@ -238,7 +250,8 @@ static inline int checkpoint_list(const char *out, char ***names) {
     DIR *d = opendir(out);
     if (!d) return 0;
     for (struct dirent *e; (e = readdir(d));) {
-        if (strncmp(e->d_name, "step-", 5) || strspn(e->d_name + 5, "0123456789") != strlen(e->d_name + 5) || !e->d_name[5]) continue;
+        if (strncmp(e->d_name, "step-", 5) || strspn(e->d_name + 5, "0123456789") != strlen(e->d_name + 5) || !e->d_name[5])
+            continue;
         *names = realloc(*names, (size_t)(count + 1) * sizeof **names);
         if (!*names || !((*names)[count++] = strdup(e->d_name))) fail(STATUS_FAILED, "out of memory: the list of checkpoints");
     }
@@ -264,7 +277,8 @@ static inline void checkpoint_begin(const char *out) {
 }
 
 // Writes DIR/step-NNNNNNNN. An earlier checkpoint is never touched before the new one is in place under its name.
-static inline void checkpoint_save(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *out, const RunState *state) {
+static inline void checkpoint_save(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *out,
+                                   const RunState *state) {
     char temporary[PATH_SIZE], path[PATH_SIZE], final[PATH_SIZE], name[64];
     snprintf(name, sizeof name, ".writing-%08lld", state->step);
     path_join(temporary, out, name);
@@ -320,12 +334,14 @@ static inline Json *checkpoint_verify(const char *dir) {
     const Json *sums = json_get(state, "checksums");
     for (size_t i = 0; i < sizeof checkpoint_files / sizeof *checkpoint_files; i++) {
         const Json *sum = sums ? json_get(sums, checkpoint_files[i]) : NULL;
-        if (!sum || sum->type != JSON_STRING) fail(STATUS_DATA, "%s: no checksum of %s: the file is damaged", path, checkpoint_files[i]);
+        if (!sum || sum->type != JSON_STRING)
+            fail(STATUS_DATA, "%s: no checksum of %s: the file is damaged", path, checkpoint_files[i]);
         char file[PATH_SIZE], found[32];
         path_join(file, dir, checkpoint_files[i]);
         snprintf(found, sizeof found, "%016llx", (unsigned long long)file_checksum(file));
         if (strcmp(found, sum->text))
-            fail(STATUS_DATA, "%s: checksum %s, but state.json has %s: the file is damaged; use an earlier checkpoint", file, found, sum->text);
+            fail(STATUS_DATA, "%s: checksum %s, but state.json has %s: the file is damaged; use an earlier checkpoint", file, found,
+                 sum->text);
     }
     return state;
 }
@@ -347,7 +363,8 @@ static inline void read_tensors(const Backend *backend, Model *m, const char *pa
         size_t n = backend->read(m, l->names[i], DTYPE_F32, NULL);
         if (!s) fail(STATUS_DATA, "%s: tensor %s is missing: a checkpoint of another model", path, l->names[i]);
         if (safetensors_elements(s) != n)
-            fail(STATUS_DATA, "%s: tensor %s has %zu elements, expected %zu: a checkpoint of another model", path, l->names[i], safetensors_elements(s), n);
+            fail(STATUS_DATA, "%s: tensor %s has %zu elements, expected %zu: a checkpoint of another model", path, l->names[i],
+                 safetensors_elements(s), n);
         float *values = xmalloc(n * sizeof(float), l->names[i]);
         safetensors_read_f32(file, s, values);
         backend->write(m, l->names[i], DTYPE_F32, values);
@@ -403,7 +420,8 @@ static inline void checkpoint_teacher(const char *dir, char *path) {
     if (!file_exists(probe) && !checkpoint_newest(dir, checkpoint)) {
         snprintf(path, PATH_SIZE, "%s", dir);
         path_join(probe, dir, "config.json");
-        if (!file_exists(probe)) fail(STATUS_DATA, "%s: neither a model folder (config.json), a checkpoint (state.json) nor a run (step-*)", dir);
+        if (!file_exists(probe))
+            fail(STATUS_DATA, "%s: neither a model folder (config.json), a checkpoint (state.json) nor a run (step-*)", dir);
         return;
     }
     json_free(checkpoint_verify(checkpoint));

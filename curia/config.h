@@ -297,7 +297,8 @@ static inline void config_validate(Config *c, const char *source) {
     if (c->sigreg_t_min != 0 && c->sigreg_t_min != -c->sigreg_t_max)
         fail(STATUS_USAGE, "%s: sigreg.t_min=%g: expected 0 or -sigreg.t_max", source, c->sigreg_t_min);
     if (c->optim_micro_batch && c->optim_micro_batch != c->optim_batch_size)
-        fail(STATUS_USAGE, "%s: optim.micro_batch=%lld: this version takes the batch in one pass; use 0", source, c->optim_micro_batch);
+        fail(STATUS_USAGE, "%s: optim.micro_batch=%lld: this version takes the batch in one pass; use 0", source,
+             c->optim_micro_batch);
     if (!c->model_ffn_hidden) c->model_ffn_hidden = ffn_hidden_rule(c->model_dim, c->model_ffn);
     if (!c->model_pos_grid) c->model_pos_grid = c->crops_global_size / c->model_patch;
 }

@@ -27,7 +27,8 @@ enum { PATH_SIZE = 4096 };
 
 // path[PATH_SIZE] = dir/name; returns path.
 static inline char *path_join(char *path, const char *dir, const char *name) {
-    if (snprintf(path, PATH_SIZE, "%s/%s", dir, name) >= PATH_SIZE) fail(STATUS_FAILED, "%.100s...: the path is too long; use a shorter one", dir);
+    if (snprintf(path, PATH_SIZE, "%s/%s", dir, name) >= PATH_SIZE)
+        fail(STATUS_FAILED, "%.100s...: the path is too long; use a shorter one", dir);
     return path;
 }
 
@@ -44,7 +45,8 @@ static inline void file_write(FILE *f, const char *path, const void *data, size_
 // Also reports an unchecked fprintf to f that failed. EINVAL from fsync: a file that is on no disk (a pipe).
 static inline void file_close(FILE *f, const char *path) {
     if (ferror(f)) fail(STATUS_FAILED, "%s: a write failed; is the disk full?", path);
-    if (fflush(f) || (fsync(fileno(f)) && errno != EINVAL)) fail(STATUS_FAILED, "%s: cannot write it to the end: %s", path, strerror(errno));
+    if (fflush(f) || (fsync(fileno(f)) && errno != EINVAL))
+        fail(STATUS_FAILED, "%s: cannot write it to the end: %s", path, strerror(errno));
     if (fclose(f)) fail(STATUS_FAILED, "%s: cannot close it: %s", path, strerror(errno));
 }
 

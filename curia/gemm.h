@@ -51,17 +51,20 @@ static inline void gemm_pack(real *out, const real *x, size_t row_stride, size_t
         int n = rows - r < tile ? rows - r : tile;
         const real *from = x + (size_t)r * row_stride;
         if (row_stride == 1 && n == tile) {
-            for (int d = 0; d < depth; d++) memcpy(out + (size_t)d * tile, from + (size_t)d * depth_stride, (size_t)tile * sizeof(real));
+            for (int d = 0; d < depth; d++)
+                memcpy(out + (size_t)d * tile, from + (size_t)d * depth_stride, (size_t)tile * sizeof(real));
         } else {
             for (int i = 0; i < tile; i++)
-                for (int d = 0; d < depth; d++) out[(size_t)d * tile + i] = i < n ? from[(size_t)i * row_stride + (size_t)d * depth_stride] : 0;
+                for (int d = 0; d < depth; d++)
+                    out[(size_t)d * tile + i] = i < n ? from[(size_t)i * row_stride + (size_t)d * depth_stride] : 0;
         }
         out += (size_t)depth * tile;
     }
 }
 
 // c[rows, cols] (+)= a panel times a panel over `depth`; a: [depth, TILE_M], b: [depth, TILE_N].
-static inline void gemm_tile(const real *restrict a, const real *restrict b, int depth, real *restrict c, size_t ldc, int rows, int cols, int add) {
+static inline void gemm_tile(const real *restrict a, const real *restrict b, int depth, real *restrict c, size_t ldc, int rows,
+                             int cols, int add) {
     vec sum[TILE_M][2];
     for (int i = 0; i < TILE_M; i++) sum[i][0] = sum[i][1] = (vec){0};
     for (int k = 0; k < depth; k++) {
@@ -105,9 +108,10 @@ static inline real *gemm_thread_buffer(void) {
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 
 // C[m,n] = A[m,k] B[k,n], or += with `add`. A(i,p) = a[i*a_row + p*a_col], B(p,j) = b[p*b_row + j*b_col], C(i,j) = c[i*ldc + j].
-static inline void gemm_serial(int m, int n, int k, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row, size_t b_col,
-                               real *c, size_t ldc, int add) {
+static inline void gemm_serial(int m, int n, int k, const real *a, size_t a_row, size_t a_col, const real *b, size_t b_row,
+                               size_t b_col, real *c, size_t ldc, int add) {
     real *packed_a = gemm_thread_buffer(), *packed_b = packed_a + BLOCK_M * BLOCK_K;
+    if (k == 0 && !add) for (int i = 0; i < m; i++) memset(c + (size_t)i * ldc, 0, (size_t)n * sizeof(real));
     for (int j = 0; j < n; j += BLOCK_N)
         for (int p = 0; p < k; p += BLOCK_K) {
             int cols = min_int(n - j, BLOCK_N), depth = min_int(k - p, BLOCK_K);
@@ -134,8 +138,10 @@ static inline void gemm(int m, int n, int k, const real *a, size_t a_row, size_t
     int parts = threads < tiles ? threads : tiles;
     #pragma omp parallel for schedule(static, 1)
     for (int t = 0; t < parts; t++) {
-        int from = (int)((long long)tiles * t / parts) * tile, to = min_int((int)((long long)tiles * (t + 1) / parts) * tile, by_rows ? m : n);
-        if (by_rows) gemm_serial(to - from, n, k, a + (size_t)from * a_row, a_row, a_col, b, b_row, b_col, c + (size_t)from * ldc, ldc, add);
+        int from = (int)((long long)tiles * t / parts) * tile,
+            to = min_int((int)((long long)tiles * (t + 1) / parts) * tile, by_rows ? m : n);
+        if (by_rows)
+            gemm_serial(to - from, n, k, a + (size_t)from * a_row, a_row, a_col, b, b_row, b_col, c + (size_t)from * ldc, ldc, add);
         else gemm_serial(m, to - from, k, a, a_row, a_col, b + (size_t)from * b_col, b_row, b_col, c + from, ldc, add);
     }
 }

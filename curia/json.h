@@ -66,7 +66,10 @@ static inline int json_escaped_unit(const char *s) {
     if (s[0] != '\\' || s[1] != 'u') return -1;
     int unit = 0;
     for (int i = 2; i < 6; i++) {
-        int c = s[i], digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int c = s[i], digit = c >= '0' && c <= '9'   ? c - '0'
+                              : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                              : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                                     : -1;
         if (digit < 0) return -1;
         unit = unit << 4 | digit;
     }
@@ -119,7 +122,8 @@ static inline int json_parse_number(JsonParser *p, Json *node) {
     size_t from = p->at;
     if (p->text[p->at] == '-') p->at++;
     if (p->text[p->at] == '0') p->at++;
-    else if (!json_skip_digits(p)) return json_error(p, p->at == p->bytes ? "the text ends where a value should be" : "not a value");
+    else if (!json_skip_digits(p))
+        return json_error(p, p->at == p->bytes ? "the text ends where a value should be" : "not a value");
     if (p->text[p->at] == '.') {
         p->at++;
         if (!json_skip_digits(p)) return json_error(p, "a number with no digit after its point");

@@ -63,7 +63,8 @@ static inline int patient_order(const void *a, const void *b) {
 // patient share it. Returns the number of patients. The order depends on the set of patients and the seed alone.
 static inline size_t patient_ranks(const uint64_t *patient, size_t n, uint64_t seed, size_t *rank) {
     PatientRow *rows = xmalloc(n * sizeof *rows, "the split by patient");
-    for (size_t i = 0; i < n; i++) rows[i] = (PatientRow){siphash((SipKey){seed, 0x73706c6974}, &patient[i], sizeof *patient), patient[i], i};
+    for (size_t i = 0; i < n; i++)
+        rows[i] = (PatientRow){siphash((SipKey){seed, 0x73706c6974}, &patient[i], sizeof *patient), patient[i], i};
     qsort(rows, n, sizeof *rows, patient_order);
     size_t patients = 0;
     for (size_t i = 0; i < n; i++) {
@@ -168,7 +169,7 @@ static inline double macro_auroc(const double *scores, const int *label, size_t 
     return *used ? sum / *used : NAN;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- k nearest neighbours
+// ------------------------------------------------------------------------------------------------------------ k nearest neighbours
 
 // Rows rows[n] of features [*, dim] as unit vectors [n, dim]; a zero row stays zero. Freed by the caller.
 static inline double *unit_rows(const float *features, size_t dim, const size_t *rows, size_t n) {
@@ -186,8 +187,8 @@ static inline double *unit_rows(const float *features, size_t dim, const size_t 
 // scores [n_test, classes] of the test rows of features [*, dim]: each of the k train rows most similar by cosine votes for
 // its label [*] with exp(similarity / temperature); a row of scores sums to 1. Of equally similar rows the earlier counts
 // as nearer; k is lowered to n_train. DINO's kNN: k = 20, temperature 0.07 (Caron et al. 2021, facebookresearch/dino eval_knn.py).
-static inline void knn_scores(const float *features, size_t dim, const size_t *train, size_t n_train, const size_t *test, size_t n_test,
-                              const int *label, int classes, size_t k, double temperature, double *scores) {
+static inline void knn_scores(const float *features, size_t dim, const size_t *train, size_t n_train, const size_t *test,
+                              size_t n_test, const int *label, int classes, size_t k, double temperature, double *scores) {
     if (k > n_train) k = n_train;
     double *known = unit_rows(features, dim, train, n_train), *asked = unit_rows(features, dim, test, n_test);
     size_t groups = (n_test + 3) / 4;
@@ -232,7 +233,7 @@ static inline void knn_scores(const float *features, size_t dim, const size_t *t
     free(neighbour);
 }
 
-// ---------------------------------------------------------------------------------------------------------------- logistic regression
+// ------------------------------------------------------------------------------------------------------------- logistic regression
 
 // Probabilities p [n, classes] of x [n, dim] under w: weights [classes, dim], then biases [classes].
 static inline void logistic_scores(const double *x, size_t n, size_t dim, int classes, const double *w, double *p) {
@@ -281,7 +282,8 @@ static inline double logistic_loss(const double *x, const int *label, size_t n, 
                 double p0 = p[i * K + k], p1 = p[(i + 1) * K + k], p2 = p[(i + 2) * K + k], p3 = p[(i + 3) * K + k];
                 double *g = gradient + k * dim + left;
                 for (size_t j = 0; j < whole; j += 8)
-                    *(vec8 *)(g + j) += p0 * *(const vec8 *)(x0 + j) + p1 * *(const vec8 *)(x1 + j) + p2 * *(const vec8 *)(x2 + j) + p3 * *(const vec8 *)(x3 + j);
+                    *(vec8 *)(g + j) += p0 * *(const vec8 *)(x0 + j) + p1 * *(const vec8 *)(x1 + j) +
+                                        p2 * *(const vec8 *)(x2 + j) + p3 * *(const vec8 *)(x3 + j);
                 for (size_t j = whole; j < width; j++) g[j] += p0 * x0[j] + p1 * x1[j] + p2 * x2[j] + p3 * x3[j];
             }
         }
@@ -289,7 +291,8 @@ static inline double logistic_loss(const double *x, const int *label, size_t n, 
             for (size_t k = 0; k < K; k++)
                 for (size_t j = 0; j < width; j++) gradient[k * dim + left + j] += p[i * K + k] * x[i * dim + left + j];
         for (size_t k = 0; k < K; k++)
-            for (size_t j = left; j < left + width; j++) gradient[k * dim + j] = gradient[k * dim + j] / (double)n + penalty * w[k * dim + j];
+            for (size_t j = left; j < left + width; j++)
+                gradient[k * dim + j] = gradient[k * dim + j] / (double)n + penalty * w[k * dim + j];
     }
     for (size_t k = 0; k < K; k++) {
         double sum = 0;
@@ -306,8 +309,10 @@ typedef struct { double loss, gap; int iterations, converged; } LogisticFit;
 // strongly convex in the weights with constant 1 / (C n), and the rarest class gives the biases, which bear no penalty, a
 // curvature of the order 1 / n; so |gradient|^2 max(C, 1) n / 2 estimates the distance from the least loss. It stops once
 // that is below `gap`, after 1000 iterations, or where rounding leaves no lower point. Two classes have a weight vector
-// each, so their C is half of what scikit-learn calls C for the same solution. A class without a row gets the bias -infinity, its exact optimum: probability 0.
-static inline LogisticFit logistic_fit(const double *x, const int *label, size_t n, size_t dim, int classes, double C, double gap, double *w) {
+// each, so their C is half of what scikit-learn calls C for the same solution. A class without a row gets the bias
+// -infinity, its exact optimum: probability 0.
+static inline LogisticFit logistic_fit(const double *x, const int *label, size_t n, size_t dim, int classes, double C, double gap,
+                                       double *w) {
     enum { PAIRS = 10, ITERATIONS = 1000, BISECTIONS = 40 };
     size_t size = (size_t)classes * (dim + 1), bias = (size_t)classes * dim;
     double *memory = xmalloc((4 + 2 * PAIRS) * size * sizeof *memory, "L-BFGS");
@@ -373,7 +378,8 @@ static inline LogisticFit logistic_fit(const double *x, const int *label, size_t
 
 // centre and scale [dim] of rows rows[n] of features [*, dim]: mean and 1 / standard deviation (N); scale 0 for a column
 // that is constant over the rows, which leaves it out.
-static inline void standard_statistics(const float *features, size_t dim, const size_t *rows, size_t n, double *centre, double *scale) {
+static inline void standard_statistics(const float *features, size_t dim, const size_t *rows, size_t n, double *centre,
+                                       double *scale) {
     #pragma omp parallel for
     for (size_t j = 0; j < dim; j++) {
         double sum = 0, squares = 0;
@@ -392,7 +398,8 @@ static inline void standard_statistics(const float *features, size_t dim, const 
 }
 
 // (features[rows[i]] - centre) * scale as doubles [n, dim]. Freed by the caller.
-static inline double *standard_rows(const float *features, size_t dim, const size_t *rows, size_t n, const double *centre, const double *scale) {
+static inline double *standard_rows(const float *features, size_t dim, const size_t *rows, size_t n, const double *centre,
+                                    const double *scale) {
     double *x = xmalloc((n ? n : 1) * dim * sizeof *x, "standardised features");
     #pragma omp parallel for
     for (size_t i = 0; i < n; i++)
@@ -400,7 +407,7 @@ static inline double *standard_rows(const float *features, size_t dim, const siz
     return x;
 }
 
-typedef struct { double C, validation; LogisticFit fit; } LinearProbe;   // validation: accuracy at C on held-out patients, NaN: none
+typedef struct { double C, validation; LogisticFit fit; } LinearProbe;  // validation: accuracy at C on held-out patients, NaN: none
 
 static const double linear_probe_grid[] = {1e-4, 1e-3, 1e-2, 1e-1, 1, 10};
 enum { LINEAR_PROBE_GRID = sizeof linear_probe_grid / sizeof *linear_probe_grid, LINEAR_PROBE_FOLDS = 4 };
@@ -410,14 +417,18 @@ enum { LINEAR_PROBE_GRID = sizeof linear_probe_grid / sizeof *linear_probe_grid,
 // each fold of train patients is held out in turn (the smaller of equals); rank [*] is patient_ranks' of each row, a
 // patient's fold is rank mod folds, and there are at most 4 folds, one per patient where patients are fewer. With one
 // train patient C is 1. Every fold is standardised by its own statistics; fits start from the next smaller C's.
-static inline LinearProbe linear_probe(const float *features, size_t dim, const size_t *train, size_t n_train, const size_t *test, size_t n_test,
-                                       const int *label, const size_t *rank, size_t train_patients, int classes, double *scores) {
+static inline LinearProbe linear_probe(const float *features, size_t dim, const size_t *train, size_t n_train, const size_t *test,
+                                       size_t n_test, const int *label, const size_t *rank, size_t train_patients, int classes,
+                                       double *scores) {
     size_t folds = train_patients < LINEAR_PROBE_FOLDS ? train_patients : LINEAR_PROBE_FOLDS;
     size_t most = n_train > n_test ? n_train : n_test, parameters = (size_t)classes * (dim + 1), right[LINEAR_PROBE_GRID] = {0};
     double *centre = xmalloc(dim * sizeof *centre, "the linear probe"), *scale = xmalloc(dim * sizeof *scale, "the linear probe");
-    double *w = xmalloc(parameters * sizeof *w, "the linear probe"), *p = xmalloc(most * (size_t)classes * sizeof *p, "the linear probe");
-    size_t *fit_rows = xmalloc(n_train * sizeof *fit_rows, "the linear probe"), *held_rows = xmalloc(n_train * sizeof *held_rows, "the linear probe");
-    int *fit_label = xmalloc(n_train * sizeof *fit_label, "the linear probe"), *predicted = xmalloc(n_train * sizeof *predicted, "the linear probe");
+    double *w = xmalloc(parameters * sizeof *w, "the linear probe"),
+           *p = xmalloc(most * (size_t)classes * sizeof *p, "the linear probe");
+    size_t *fit_rows = xmalloc(n_train * sizeof *fit_rows, "the linear probe"),
+           *held_rows = xmalloc(n_train * sizeof *held_rows, "the linear probe");
+    int *fit_label = xmalloc(n_train * sizeof *fit_label, "the linear probe"),
+        *predicted = xmalloc(n_train * sizeof *predicted, "the linear probe");
     for (size_t fold = 0; fold < folds && folds > 1; fold++) {
         size_t n_fit = 0, n_held = 0;
         for (size_t i = 0; i < n_train; i++) {
@@ -446,7 +457,8 @@ static inline LinearProbe linear_probe(const float *features, size_t dim, const 
     }
     for (size_t i = 0; i < n_train; i++) fit_label[i] = label[train[i]];
     standard_statistics(features, dim, train, n_train, centre, scale);
-    double *x = standard_rows(features, dim, train, n_train, centre, scale), *asked = standard_rows(features, dim, test, n_test, centre, scale);
+    double *x = standard_rows(features, dim, train, n_train, centre, scale),
+           *asked = standard_rows(features, dim, test, n_test, centre, scale);
     memset(w, 0, parameters * sizeof *w);
     probe.fit = logistic_fit(x, fit_label, n_train, dim, classes, probe.C, 1e-9, w);
     logistic_scores(asked, n_test, dim, classes, w, scores);
@@ -457,7 +469,8 @@ static inline LinearProbe linear_probe(const float *features, size_t dim, const 
 
 // ---------------------------------------------------------------------------------------------------------------- files
 
-// Writes x [rows, cols] to f as a NumPy file, format 1.0, '<f4', C order. `path` goes into the message of a failed write (status 1).
+// Writes x [rows, cols] to f as a NumPy file, format 1.0, '<f4', C order. `path` goes into the message of a failed write
+// (status 1).
 static inline void npy_write(FILE *f, const char *path, const float *x, size_t rows, size_t cols) {
     char header[128];
     memset(header, ' ', sizeof header);

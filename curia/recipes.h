@@ -22,22 +22,26 @@ typedef struct { const char *name, *meaning; RecipeValue values[64]; } Recipe;
 #define CURIA2_VALUES \
     {"model.patch", "16", RELEASED}, {"model.channels", "1", RELEASED}, {"model.ffn", "swiglu", RELEASED}, \
     {"model.layerscale", "1e-5", RELEASED}, {"model.drop_path", "0.4", RELEASED}, {"model.interpolate", "offset", DINOV2_LONG}, \
-    {"crops.global_size", "224", "ours: the low-resolution size is not public"}, {"crops.local_size", "96", "ours: 98 is no multiple of 16"}, \
-    {"crops.local_count", "8", DINOV2_LONG}, {"crops.prior", "gaussian", "stated-AI: Gaussian-weighted anatomical cropping"}, \
+    {"crops.global_size", "224", "ours: the low-resolution size is not public"}, \
+    {"crops.local_size", "96", "ours: 98 is no multiple of 16"}, {"crops.local_count", "8", DINOV2_LONG}, \
+    {"crops.prior", "gaussian", "stated-AI: Gaussian-weighted anatomical cropping"}, \
     {"crops.flip", "0", "ours: a flip contradicts the fixed PL, IL, IP orientation"}, \
     {"mask.prior", "gaussian", "inferred: anatomically guided masking"}, \
-    {"dino.prototypes", "131072", DINOV2_LONG}, {"dino.bottleneck", "384", DINOV2_LONG}, {"ibot.separate_head", "true", DINOV2_LONG}, \
-    {"ibot.prototypes", "131072", DINOV2_LONG}, {"ibot.bottleneck", "256", DINOV2_LONG}, {"koleo.weight", "0", "inferred: SIGReg replaces KoLeo"}, \
+    {"dino.prototypes", "131072", DINOV2_LONG}, {"dino.bottleneck", "384", DINOV2_LONG}, \
+    {"ibot.separate_head", "true", DINOV2_LONG}, {"ibot.prototypes", "131072", DINOV2_LONG}, \
+    {"ibot.bottleneck", "256", DINOV2_LONG}, {"koleo.weight", "0", "inferred: SIGReg replaces KoLeo"}, \
     {"sigreg.weight", "0.05", FINO}, {"sigreg.on", "bottleneck", FINO}, {"teacher.centering", "sinkhorn", DINOV2_LONG}, \
     {"teacher.warmup_steps", "37500", DINOV2_LONG}, {"teacher.momentum", "0.994", DINOV2_LONG}, {"optim.lr", "2e-4", DINOV2_LONG}, \
     {"optim.warmup_steps", "100000", DINOV2_LONG}, {"optim.steps", "625000", DINOV2_LONG}, {"optim.batch_size", "2048", "ours"}, \
-    {"optim.weight_decay_end", "0.2", DINOV2_LONG}, {"optim.layer_decay", "1", DINOV2_LONG}, {"optim.freeze_last_layer_steps", "1250", DINOV2_LONG}, \
+    {"optim.weight_decay_end", "0.2", DINOV2_LONG}, {"optim.layer_decay", "1", DINOV2_LONG}, \
+    {"optim.freeze_last_layer_steps", "1250", DINOV2_LONG}, \
     {"data.clip_below_air", "true", "stated: preprocessor_config.json of the released Curia-2"}
 
 #define DINOV2_VALUES \
     {"teacher.centering", "softmax", DINOV2_SHORT}, {"koleo.weight", "0.1", DINOV2_SHORT}, {"sigreg.weight", "0", DINOV2_SHORT}, \
-    {"model.drop_path", "0.3", DINOV2_SHORT}, {"teacher.warmup_steps", "37500", DINOV2_SHORT}, {"optim.warmup_steps", "12500", DINOV2_SHORT}, \
-    {"optim.freeze_last_layer_steps", "1250", DINOV2_SHORT}, {"optim.batch_size", "1024", DINOV2_SHORT}, \
+    {"model.drop_path", "0.3", DINOV2_SHORT}, {"teacher.warmup_steps", "37500", DINOV2_SHORT}, \
+    {"optim.warmup_steps", "12500", DINOV2_SHORT}, {"optim.freeze_last_layer_steps", "1250", DINOV2_SHORT}, \
+    {"optim.batch_size", "1024", DINOV2_SHORT}, \
     {"crops.prior", "uniform", DINOV2_SHORT}, {"mask.prior", "uniform", DINOV2_SHORT}
 
 static const Recipe recipes[] = {
@@ -46,9 +50,10 @@ static const Recipe recipes[] = {
         {"model.layerscale", "0.1", "ours"}, {"crops.global_size", "64", "ours"}, {"crops.local_size", "32", "ours"},
         {"crops.local_count", "4", "ours"}, {"dino.prototypes", "512", "ours"}, {"dino.bottleneck", "64", "ours"},
         {"dino.hidden", "256", "ours"}, {"sigreg.slices", "256", "ours"}, {"teacher.warmup_steps", "100", "ours"},
-        {"teacher.momentum", "0.98", "ours"}, {"optim.lr", "1e-3", "ours"}, {"optim.scaling", "none", "ours"}, {"optim.warmup_steps", "50", "ours"},
-        {"optim.steps", "600", "ours"}, {"optim.batch_size", "32", "ours"}, {"optim.layer_decay", "1", "ours"}, {"optim.patch_embed_lr", "1", "ours"},
-        {"optim.weight_decay_end", "0.1", "ours"}, {"run.save_every", "200", "ours"}}},
+        {"teacher.momentum", "0.98", "ours"}, {"optim.lr", "1e-3", "ours"}, {"optim.scaling", "none", "ours"},
+        {"optim.warmup_steps", "50", "ours"}, {"optim.steps", "600", "ours"}, {"optim.batch_size", "32", "ours"},
+        {"optim.layer_decay", "1", "ours"}, {"optim.patch_embed_lr", "1", "ours"}, {"optim.weight_decay_end", "0.1", "ours"},
+        {"run.save_every", "200", "ours"}}},
     {"curia2-b", "Curia-2, ViT-B/16, first stage", {
         {"model.dim", "768", RELEASED}, {"model.depth", "12", RELEASED}, {"model.heads", "12", RELEASED}, CURIA2_VALUES}},
     {"curia2-l", "Curia-2, ViT-L/16, first stage", {
@@ -58,9 +63,11 @@ static const Recipe recipes[] = {
         {"model.dim", "1536", "inferred: DINOv2's ViT-g"}, {"model.depth", "40", "inferred: DINOv2's ViT-g"},
         {"model.heads", "24", "inferred: DINOv2's ViT-g"}, CURIA2_VALUES}},
     {"dinov2-s16", "DINOv2's short recipe, ViT-S/16", {
-        {"model.dim", "384", DINOV2_SHORT}, {"model.depth", "12", DINOV2_SHORT}, {"model.heads", "6", DINOV2_SHORT}, DINOV2_VALUES}},
+        {"model.dim", "384", DINOV2_SHORT}, {"model.depth", "12", DINOV2_SHORT}, {"model.heads", "6", DINOV2_SHORT},
+        DINOV2_VALUES}},
     {"dinov2-l16", "DINOv2's short recipe, ViT-L/16", {
-        {"model.dim", "1024", DINOV2_SHORT}, {"model.depth", "24", DINOV2_SHORT}, {"model.heads", "16", DINOV2_SHORT}, DINOV2_VALUES}},
+        {"model.dim", "1024", DINOV2_SHORT}, {"model.depth", "24", DINOV2_SHORT}, {"model.heads", "16", DINOV2_SHORT},
+        DINOV2_VALUES}},
 };
 enum { RECIPE_COUNT = sizeof recipes / sizeof recipes[0] };
 

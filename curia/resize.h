@@ -94,7 +94,8 @@ static inline void resize_image(const Resize *rows, const Resize *cols, int dept
 }
 
 // Adds the transpose of resize_image: din[rows->in, cols->in, depth] += R^T dout. scratch: rows->in * cols->out * depth.
-static inline void resize_image_adjoint(const Resize *rows, const Resize *cols, int depth, const real *dout, real *din, real *scratch) {
+static inline void resize_image_adjoint(const Resize *rows, const Resize *cols, int depth, const real *dout, real *din,
+                                        real *scratch) {
     size_t stride = (size_t)cols->out * depth;
     for (size_t i = 0; i < rows->in * stride; i++) scratch[i] = 0;
     for (int y = 0; y < rows->out; y++)

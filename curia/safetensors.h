@@ -118,7 +118,8 @@ static inline int safetensors_entry(const Json *entry, SafeTensor *t, char *why,
         return 0;
     }
     int64_t begin, end;
-    if (offsets->count != 2 || !json_size(&offsets->children[0], &begin) || !json_size(&offsets->children[1], &end) || end < begin) {
+    if (offsets->count != 2 || !json_size(&offsets->children[0], &begin) || !json_size(&offsets->children[1], &end) ||
+        end < begin) {
         snprintf(why, n, "data_offsets are not two integers, begin <= end");
         return 0;
     }
@@ -138,7 +139,8 @@ static inline int safetensors_parse(SafeTensors *st, char *reason, size_t n) {
     memcpy(&header, st->map, 8);
     if (header > SAFETENSORS_HEADER_MAX || header > st->size - 8) {
         int pickle = st->map[0] == 0x80 || !memcmp(st->map, "PK\3\4", 4);
-        if (pickle) snprintf(reason, n, "is a PyTorch pickle; convert it to .safetensors with safetensors.torch.save_file in Python");
+        if (pickle)
+            snprintf(reason, n, "is a PyTorch pickle; convert it to .safetensors with safetensors.torch.save_file in Python");
         else snprintf(reason, n, "is cut short or no safetensors file: its header should have %llu bytes, and the file has %zu",
                       (unsigned long long)header, st->size);
         return 0;
@@ -444,7 +446,8 @@ static inline void safetensors_write_declare(SafeWriter *w, const char *name, Dt
     t->rank = rank;
     for (int i = 0; i < rank && i < SAFETENSORS_RANK; i++) t->shape[i] = shape[i];
     if (w->laid_out || rank > SAFETENSORS_RANK || !safetensors_bytes(t))
-        fail(STATUS_FAILED, "%s: tensor '%s' is declared after data, has more than %d dimensions, or overflows", w->path, name, SAFETENSORS_RANK);
+        fail(STATUS_FAILED, "%s: tensor '%s' is declared after data, has more than %d dimensions, or overflows", w->path, name,
+             SAFETENSORS_RANK);
 }
 
 // Widest types first, so that every tensor is aligned to its own type: PyTorch refuses others. Bytes depend on the
@@ -499,7 +502,8 @@ static inline void safetensors_write_data(SafeWriter *w, const char *name, const
 static inline void safetensors_write_end(SafeWriter *w) {
     if (!w->laid_out) safetensors_write_header(w);
     for (; w->current < w->count && w->written == w->tensors[w->current].bytes; w->current++) w->written = 0;
-    if (w->current < w->count) fail(STATUS_FAILED, "%s: tensor '%s' was not written to its end", w->path, w->tensors[w->current].name);
+    if (w->current < w->count)
+        fail(STATUS_FAILED, "%s: tensor '%s' was not written to its end", w->path, w->tensors[w->current].name);
     file_close(w->file, w->path);
     for (int i = 0; i < w->count; i++) free((void *)w->tensors[i].name);
     free(w->tensors);

@@ -26,7 +26,8 @@ static inline Schedule schedule_at(const Config *c, long long step) {
     s.last_layer_lr = step < c->optim_freeze_last_layer_steps ? 0 : s.lr;
     s.weight_decay = cosine_schedule(0, c->optim_weight_decay, c->optim_weight_decay_end, 0, c->optim_steps, step);
     s.momentum = cosine_schedule(0, c->teacher_momentum, c->teacher_momentum_end, 0, c->optim_steps, step);
-    s.teacher_temp = cosine_schedule(c->teacher_warmup_temp, c->teacher_temp, c->teacher_temp, c->teacher_warmup_steps, c->optim_steps, step);
+    s.teacher_temp = cosine_schedule(c->teacher_warmup_temp, c->teacher_temp, c->teacher_temp, c->teacher_warmup_steps,
+                                     c->optim_steps, step);
     return s;
 }
 

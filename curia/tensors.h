@@ -81,7 +81,8 @@ static inline void tensors_add_head(TensorTable *t, int group, const char *head,
         tensor_add(t, group, 1, INIT_ZERO, 0, SHAPE(out), "%s.mlp%s.bias", head, index);
     }
     tensor_add(t, group, 1, INIT_ONE, 0, SHAPE(prototypes, 1), "%s.last_layer.weight_g", head);
-    tensor_add(t, group, 1, INIT_UNIFORM, 1 / sqrt((double)bottleneck), SHAPE(prototypes, bottleneck), "%s.last_layer.weight_v", head);
+    tensor_add(t, group, 1, INIT_UNIFORM, 1 / sqrt((double)bottleneck), SHAPE(prototypes, bottleneck),
+               "%s.last_layer.weight_v", head);
 }
 
 // query, key and value stand one after the other, so that the three weights are also one [3D,D] matrix and the three
@@ -94,7 +95,8 @@ static inline TensorTable tensors_build(const Config *c, int with_heads) {
     int g = GROUP_BACKBONE;
     tensor_add(&t, g, embed, INIT_NORMAL, 1e-6, SHAPE(1, 1, D), "embeddings.cls_token");
     tensor_add(&t, g, embed, INIT_ZERO, 0, SHAPE(1, D), "embeddings.mask_token");
-    if (c->model_registers) tensor_add(&t, g, embed, INIT_NORMAL, 1e-6, SHAPE(1, c->model_registers, D), "embeddings.register_tokens");
+    if (c->model_registers)
+        tensor_add(&t, g, embed, INIT_NORMAL, 1e-6, SHAPE(1, c->model_registers, D), "embeddings.register_tokens");
     tensor_add(&t, g, embed, INIT_NORMAL, 0.02, SHAPE(1, 1 + M * M, D), "embeddings.position_embeddings");
     double patch = embed * c->optim_patch_embed_lr;
     tensor_add(&t, g, patch, INIT_UNIFORM, bound, SHAPE(D, C, p, p), "embeddings.patch_embeddings.projection.weight");
@@ -104,8 +106,10 @@ static inline TensorTable tensors_build(const Config *c, int with_heads) {
         static const char *const qkv[3] = {"query", "key", "value"};
         tensor_add(&t, g, lr, INIT_ONE, 0, SHAPE(D), "encoder.layer.%d.norm1.weight", i);
         tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.norm1.bias", i);
-        for (int j = 0; j < 3; j++) tensor_add(&t, g, lr, INIT_NORMAL, std, SHAPE(D, D), "encoder.layer.%d.attention.attention.%s.weight", i, qkv[j]);
-        for (int j = 0; j < 3; j++) tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.attention.attention.%s.bias", i, qkv[j]);
+        for (int j = 0; j < 3; j++)
+            tensor_add(&t, g, lr, INIT_NORMAL, std, SHAPE(D, D), "encoder.layer.%d.attention.attention.%s.weight", i, qkv[j]);
+        for (int j = 0; j < 3; j++)
+            tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.attention.attention.%s.bias", i, qkv[j]);
         tensor_add(&t, g, lr, INIT_NORMAL, std, SHAPE(D, D), "encoder.layer.%d.attention.output.dense.weight", i);
         tensor_add(&t, g, lr, INIT_ZERO, 0, SHAPE(D), "encoder.layer.%d.attention.output.dense.bias", i);
         tensor_add(&t, g, lr, INIT_CONSTANT, c->model_layerscale, SHAPE(D), "encoder.layer.%d.layer_scale1.lambda1", i);
@@ -122,9 +126,11 @@ static inline TensorTable tensors_build(const Config *c, int with_heads) {
     tensor_add(&t, g, 1, INIT_ONE, 0, SHAPE(D), "layernorm.weight");
     tensor_add(&t, g, 1, INIT_ZERO, 0, SHAPE(D), "layernorm.bias");
     if (with_heads) {
-        tensors_add_head(&t, GROUP_DINO_HEAD, "dino_head", D, c->dino_hidden, c->dino_layers, c->dino_bottleneck, c->dino_prototypes, std);
+        tensors_add_head(&t, GROUP_DINO_HEAD, "dino_head", D, c->dino_hidden, c->dino_layers, c->dino_bottleneck,
+                         c->dino_prototypes, std);
         if (c->ibot_separate_head)
-            tensors_add_head(&t, GROUP_IBOT_HEAD, "ibot_head", D, c->ibot_hidden, c->ibot_layers, c->ibot_bottleneck, c->ibot_prototypes, std);
+            tensors_add_head(&t, GROUP_IBOT_HEAD, "ibot_head", D, c->ibot_hidden, c->ibot_layers, c->ibot_bottleneck,
+                             c->ibot_prototypes, std);
     }
     return t;
 }

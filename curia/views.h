@@ -63,7 +63,8 @@ static inline View draw_crop(Rng *r, const Config *c, const ShardSlice *s, doubl
 
 static inline void draw_intensity(Rng *r, const Config *c, View *v) {
     int jitter = rng_uniform(r) < c->crops_jitter;
-    double brightness = rng_range(r, -c->crops_brightness, c->crops_brightness), contrast = rng_range(r, 1 - c->crops_contrast, 1 + c->crops_contrast);
+    double brightness = rng_range(r, -c->crops_brightness, c->crops_brightness),
+           contrast = rng_range(r, 1 - c->crops_contrast, 1 + c->crops_contrast);
     double gamma = exp(rng_range(r, -c->crops_gamma, c->crops_gamma));
     v->brightness = jitter ? brightness : 0;
     v->contrast = jitter ? contrast : 1;
@@ -76,7 +77,8 @@ static inline void draw_intensity(Rng *r, const Config *c, View *v) {
 // Masks exactly `count` patches of mask[g,g] (zero on entry): blocks of random area and aspect as DINOv2 draws them, then
 // single patches for what the blocks left short, as DINOv3 does, so that the number of masked patches is fixed. The middles
 // of blocks are normal around (row, col) with the given spread, all in patches, or uniform.
-static inline void draw_mask(Rng *r, uint8_t *mask, int g, int count, int prior, double row, double col, double spread_row, double spread_col) {
+static inline void draw_mask(Rng *r, uint8_t *mask, int g, int count, int prior, double row, double col, double spread_row,
+                             double spread_col) {
     int done = 0, largest = g * g / 2 > 0 ? g * g / 2 : 1;
     for (int stuck = 0; done < count && !stuck;) {
         int most = count - done < largest ? count - done : largest;
@@ -140,14 +142,16 @@ static inline StepInput input_create(const Config *c) {
 }
 
 static inline void input_free(StepInput *in) {
-    void *all[] = {in->indices, in->slices, in->views, in->mask, in->scratch, in->directions, in->drop[0][0], in->drop[0][1], in->drop[1][0], in->drop[1][1]};
+    void *all[] = {in->indices, in->slices, in->views, in->mask, in->scratch, in->directions, in->drop[0][0], in->drop[0][1],
+                   in->drop[1][0], in->drop[1][1]};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
 // A raw slice of a data set as a backend takes it.
 static inline Slice slice_of(const Config *c, const ShardSlice *s, const int16_t *pixels) {
     int clip = c->data_clip_below_air;
-    return (Slice){pixels, (int)s->rows, (int)s->cols, s->scale, s->intercept, clip ? s->volume_mean_clipped : s->volume_mean, clip ? s->volume_std_clipped : s->volume_std};
+    return (Slice){pixels, (int)s->rows, (int)s->cols, s->scale, s->intercept, clip ? s->volume_mean_clipped : s->volume_mean,
+                   clip ? s->volume_std_clipped : s->volume_std};
 }
 
 // The slices that step `step` takes, given the number of samples drawn before it.
@@ -181,7 +185,8 @@ static inline void input_draw(StepInput *in, const Config *c, Dataset *data, lon
         if (crop == 0) in->slices[sample] = slice_of(c, s, pixels);
         Rng r = rng_at(seed, RNG_CROP, at, (uint64_t)sample, (uint32_t)crop);
         View *v = &in->views[i];
-        *v = draw_crop(&r, c, s, global ? c->crops_global_scale_min : c->crops_local_scale_min, global ? c->crops_global_scale_max : c->crops_local_scale_max);
+        *v = draw_crop(&r, c, s, global ? c->crops_global_scale_min : c->crops_local_scale_min,
+                       global ? c->crops_global_scale_max : c->crops_local_scale_max);
         v->sample = sample;
         r = rng_at(seed, RNG_INTENSITY, at, (uint64_t)sample, (uint32_t)crop);
         draw_intensity(&r, c, v);
@@ -198,7 +203,8 @@ static inline void input_draw(StepInput *in, const Config *c, Dataset *data, lon
         for (int group = 0; group < 2; group++)
             for (int branch = 0; branch < 2; branch++) {
                 Rng r = rng_at(seed, RNG_DROP_PATH, at, (uint64_t)l, (uint32_t)(2 * group + branch));
-                rng_subset(&r, group ? b->locals : b->globals, b->kept[group], in->drop[group][branch] + (size_t)l * b->kept[group], in->scratch);
+                rng_subset(&r, group ? b->locals : b->globals, b->kept[group], in->drop[group][branch] + (size_t)l * b->kept[group],
+                           in->scratch);
             }
 
     int width = (int)(c->sigreg_on == SIGREG_CLS ? c->model_dim : c->dino_bottleneck);

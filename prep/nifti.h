@@ -89,7 +89,8 @@ static inline int nifti_check(NiftiHeader *h, uint64_t file_bytes, int gzip, cha
         return -1;
     }
     if (n->bitpix != 8 * raw_bytes(h->type)) {
-        snprintf(reason, size, "datatype %d has %d bits a voxel, and the header says %d", n->datatype, 8 * raw_bytes(h->type), n->bitpix);
+        snprintf(reason, size, "datatype %d has %d bits a voxel, and the header says %d", n->datatype, 8 * raw_bytes(h->type),
+                 n->bitpix);
         return -1;
     }
     double least = n->sizeof_hdr == 348 ? 352 : 544, need = h->vox_offset + voxels * raw_bytes(h->type);
@@ -131,10 +132,10 @@ static inline gzFile nifti_open(const char *path, NiftiHeader *h, char *reason, 
     } else if (!bad) {
         if (h->swapped) nifti_swap_as_nifti1(&one);
         h->header = (nifti_2_header){
-            .sizeof_hdr = 348, .datatype = one.datatype, .bitpix = one.bitpix, .scl_slope = one.scl_slope, .scl_inter = one.scl_inter,
-            .qform_code = one.qform_code, .sform_code = one.sform_code, .quatern_b = one.quatern_b, .quatern_c = one.quatern_c,
-            .quatern_d = one.quatern_d, .qoffset_x = one.qoffset_x, .qoffset_y = one.qoffset_y, .qoffset_z = one.qoffset_z,
-            .xyzt_units = one.xyzt_units};
+            .sizeof_hdr = 348, .datatype = one.datatype, .bitpix = one.bitpix, .scl_slope = one.scl_slope,
+            .scl_inter = one.scl_inter, .qform_code = one.qform_code, .sform_code = one.sform_code, .quatern_b = one.quatern_b,
+            .quatern_c = one.quatern_c, .quatern_d = one.quatern_d, .qoffset_x = one.qoffset_x, .qoffset_y = one.qoffset_y,
+            .qoffset_z = one.qoffset_z, .xyzt_units = one.xyzt_units};
         for (int i = 0; i < 8; i++) h->header.dim[i] = one.dim[i], h->header.pixdim[i] = one.pixdim[i];
         for (int i = 0; i < 4; i++)
             h->header.srow_x[i] = one.srow_x[i], h->header.srow_y[i] = one.srow_y[i], h->header.srow_z[i] = one.srow_z[i];
@@ -151,7 +152,8 @@ static inline gzFile nifti_open(const char *path, NiftiHeader *h, char *reason, 
 static inline int nifti_usable(nifti_dmat44 m) {
     double det = 0, length[3];
     for (int j = 0; j < 3; j++) length[j] = sqrt(m.m[0][j] * m.m[0][j] + m.m[1][j] * m.m[1][j] + m.m[2][j] * m.m[2][j]);
-    for (int j = 0; j < 3; j++) det += m.m[0][j] * (m.m[1][(j + 1) % 3] * m.m[2][(j + 2) % 3] - m.m[1][(j + 2) % 3] * m.m[2][(j + 1) % 3]);
+    for (int j = 0; j < 3; j++)
+        det += m.m[0][j] * (m.m[1][(j + 1) % 3] * m.m[2][(j + 2) % 3] - m.m[1][(j + 2) % 3] * m.m[2][(j + 1) % 3]);
     return isfinite(det) && fabs(det) > 1e-4 * length[0] * length[1] * length[2] && fabs(det) > 1e-18;
 }
 
@@ -159,17 +161,20 @@ static inline int nifti_usable(nifti_dmat44 m) {
 // note. Notes where both are set and differ by more than 1e-3 of a voxel per voxel. 0 good, else -1 and *reason.
 static inline int nifti_geometry(const NiftiHeader *h, Volume *v, char *reason, size_t size) {
     const nifti_2_header *n = &h->header;
-    double pixdim[4], unit = (n->xyzt_units & 7) == NIFTI_UNITS_METER ? 1000 : (n->xyzt_units & 7) == NIFTI_UNITS_MICRON ? 0.001 : 1;
+    double pixdim[4], unit = (n->xyzt_units & 7) == NIFTI_UNITS_METER    ? 1000
+                             : (n->xyzt_units & 7) == NIFTI_UNITS_MICRON ? 0.001
+                                                                         : 1;
     for (int i = 1; i < 4; i++) {
         pixdim[i] = fabs(n->pixdim[i]);
         if (pixdim[i] > 0 && isfinite(pixdim[i])) continue;
         if (n->sform_code <= 0) volume_note(v, "pixdim[%d] is %g: taken as 1", i, n->pixdim[i]);
         pixdim[i] = 1;
     }
-    nifti_dmat44 s = {{{0}}}, q, *m = NULL, plain = {{{pixdim[1], 0, 0, 0}, {0, pixdim[2], 0, 0}, {0, 0, pixdim[3], 0}, {0, 0, 0, 1}}};
+    nifti_dmat44 s = {{{0}}}, q, *m = NULL,
+                 plain = {{{pixdim[1], 0, 0, 0}, {0, pixdim[2], 0, 0}, {0, 0, pixdim[3], 0}, {0, 0, 0, 1}}};
     for (int j = 0; j < 4; j++) s.m[0][j] = n->srow_x[j], s.m[1][j] = n->srow_y[j], s.m[2][j] = n->srow_z[j];
-    q = nifti_quatern_to_dmat44(n->quatern_b, n->quatern_c, n->quatern_d, n->qoffset_x, n->qoffset_y, n->qoffset_z, pixdim[1], pixdim[2],
-                                pixdim[3], n->pixdim[0] < 0 ? -1 : 1);
+    q = nifti_quatern_to_dmat44(n->quatern_b, n->quatern_c, n->quatern_d, n->qoffset_x, n->qoffset_y, n->qoffset_z, pixdim[1],
+                                pixdim[2], pixdim[3], n->pixdim[0] < 0 ? -1 : 1);
     int has_s = n->sform_code > 0 && nifti_usable(s), has_q = n->qform_code > 0 && nifti_usable(q);
     if (n->sform_code > 0 && !has_s) volume_note(v, "the sform is singular: not used");
     m = has_s ? &s : has_q ? &q : &plain;
@@ -223,9 +228,11 @@ static inline int nifti_read(const char *path, int64_t number, Volume *v, char *
     uint8_t *data = (uint8_t *)malloc(bytes ? bytes : 1), scrap[65536];
     int bad = data ? 0 : -1;
     if (bad) snprintf(reason, size, "%.1f GiB of voxels do not fit in memory", bytes / 1073741824.0);
-    for (uint64_t n; !bad && skip; skip -= n) bad = nifti_bytes(file, scrap, n = skip < sizeof scrap ? skip : sizeof scrap, reason, size);
+    for (uint64_t n; !bad && skip; skip -= n)
+        bad = nifti_bytes(file, scrap, n = skip < sizeof scrap ? skip : sizeof scrap, reason, size);
     if (!bad) bad = nifti_bytes(file, data, bytes, reason, size);
-    for (uint64_t n; !bad && rest; rest -= n) bad = nifti_bytes(file, scrap, n = rest < sizeof scrap ? rest : sizeof scrap, reason, size);
+    for (uint64_t n; !bad && rest; rest -= n)
+        bad = nifti_bytes(file, scrap, n = rest < sizeof scrap ? rest : sizeof scrap, reason, size);
     int got, error = 0;
     while (!bad && (got = gzread(file, scrap, sizeof scrap)) != 0)
         if (got < 0) bad = -1;

@@ -92,8 +92,8 @@ static inline PhantomPart *phantom_tube(PhantomBody *p, float vary, int tissue, 
 }
 
 // Long bone or vessel with a wall: the outer tube, then the lumen.
-static inline void phantom_pipe(PhantomBody *p, int outer, int lumen, uint32_t over, float x, float y, float z, float r, float thick,
-                                float rz) {
+static inline void phantom_pipe(PhantomBody *p, int outer, int lumen, uint32_t over, float x, float y, float z, float r,
+                                float thick, float rz) {
     int at = p->n_parts;
     phantom_tube(p, 0.08f, outer, over, x, y, z, r, r, rz);
     PhantomPart inside = p->parts[at];
@@ -106,12 +106,13 @@ static inline void phantom_pipe(PhantomBody *p, int outer, int lumen, uint32_t o
 
 // The outline: half-axes in x and y and the centre's y, in mm at z mm below the vertex, lean; then the wall's thickness.
 static inline void phantom_outline(PhantomBody *p, float fatness, float build) {
-    static const float table[][5] = {{0, 8, 10, 0, 3},        {15, 50, 62, 0, 4},     {40, 68, 86, 0, 4},     {90, 77, 98, 0, 4},
-                                     {140, 74, 96, -2, 5},    {185, 66, 88, -6, 8},   {212, 60, 74, 0, 14},   {235, 57, 60, 8, 20},
-                                     {280, 58, 60, 10, 20},   {300, 82, 68, 10, 25},  {320, 140, 80, 8, 34},  {350, 182, 96, 5, 34},
-                                     {400, 168, 106, 2, 26},  {460, 156, 112, 0, 20}, {550, 150, 112, 0, 17}, {620, 146, 108, 0, 16},
-                                     {700, 140, 104, 0, 17},  {780, 144, 104, 0, 18}, {850, 158, 108, 4, 24}, {920, 170, 114, 8, 34},
-                                     {1000, 174, 112, 8, 44}, {1060, 170, 104, 6, 50}};
+    static const float table[][5] = {
+        {0, 8, 10, 0, 3},        {15, 50, 62, 0, 4},     {40, 68, 86, 0, 4},     {90, 77, 98, 0, 4},
+        {140, 74, 96, -2, 5},    {185, 66, 88, -6, 8},   {212, 60, 74, 0, 14},   {235, 57, 60, 8, 20},
+        {280, 58, 60, 10, 20},   {300, 82, 68, 10, 25},  {320, 140, 80, 8, 34},  {350, 182, 96, 5, 34},
+        {400, 168, 106, 2, 26},  {460, 156, 112, 0, 20}, {550, 150, 112, 0, 17}, {620, 146, 108, 0, 16},
+        {700, 140, 104, 0, 17},  {780, 144, 104, 0, 18}, {850, 158, 108, 4, 24}, {920, 170, 114, 8, 34},
+        {1000, 174, 112, 8, 44}, {1060, 170, 104, 6, 50}};
     int rows = sizeof table / sizeof *table;
     float wide = (float)rng_range(&p->rng, 0.92, 1.08), deep = (float)rng_range(&p->rng, 0.92, 1.1),
           belly = (float)rng_range(&p->rng, 0.8, 1.5);
@@ -258,7 +259,8 @@ static inline void phantom_thorax(PhantomBody *p) {
 
 static inline void phantom_bowel(PhantomBody *p, int n, float z0, float z1, float reach) {
     for (int i = 0; i < n; i++) {
-        float x = (float)rng_range(&p->rng, -reach, reach), y = (float)rng_range(&p->rng, -72, 12), z = (float)rng_range(&p->rng, z0, z1);
+        float x = (float)rng_range(&p->rng, -reach, reach), y = (float)rng_range(&p->rng, -72, 12),
+              z = (float)rng_range(&p->rng, z0, z1);
         float r = (float)rng_range(&p->rng, 11, 21);
         phantom_part(p, 0.15f, T_BOWEL, 1 << T_CAVITY | 1 << T_BOWEL | 1 << T_FLUID | 1 << T_GAS, x, y, z, r * 1.4f, r, r);
         phantom_part(p, 0.05f,
@@ -284,7 +286,8 @@ static inline void phantom_abdomen(PhantomBody *p) {
     phantom_part(p, 0.06f, T_LIVER, OVER_INSIDE, -56, -8, 625, 80, 82, 74);
     phantom_part(p, 0.08f, T_LIVER, OVER_INSIDE, 6, -48, 610, 64, 34, 42);
     for (int i = 0; i < 5; i++) {
-        float x = (float)rng_range(&p->rng, -100, -10), y = (float)rng_range(&p->rng, -50, 40), z = (float)rng_range(&p->rng, 580, 680);
+        float x = (float)rng_range(&p->rng, -100, -10), y = (float)rng_range(&p->rng, -50, 40),
+              z = (float)rng_range(&p->rng, 580, 680);
         phantom_part(p, 0.2f, T_BLOOD, 1 << T_LIVER, x, y, z, 5, 22, 6);
     }
     phantom_part(p, 0.15f, T_FLUID, OVER_INSIDE, -48, -58, 672, 15, 18, 28);
@@ -359,7 +362,8 @@ static inline void phantom_arms(PhantomBody *p) {
     for (int side = -1; side <= 1; side += 2) {
         float z0 = up ? 40 : 380, z1 = up ? 340 : 960;
         for (float z = z0; z < z1; z += 28) {
-            float out = up ? 118 + 0.18f * (z - z0) : p->levels[(int)z / PHANTOM_STEP].a + 44, r = (z - z0 < (z1 - z0) / 2) ^ up ? 42 : 34;
+            float out = up ? 118 + 0.18f * (z - z0) : p->levels[(int)z / PHANTOM_STEP].a + 44,
+                  r = (z - z0 < (z1 - z0) / 2) ^ up ? 42 : 34;
             float y = 8 + 10 * sinf(z / 90);
             int forearm = r < 40;
             phantom_tube(p, 0, T_FAT, OVER_AIR, side * out, y, z, r, r, 14.5f);
@@ -436,7 +440,8 @@ static inline int phantom_ground(const PhantomBody *p, float x, float y, float z
             float along = (z - 0.45f * y + p->rib_phase) * (1 / 27.0f);
             if (along - floorf(along) < 0.42f) return depth > side + wall - 7 && depth < side + wall - 2 ? T_MARROW : T_BONE;
         }
-        return fabsf(sinf(x * 0.062f + 1.7f * sinf(y * 0.043f)) * sinf(y * 0.071f - 1.3f * sinf(x * 0.037f) + z * 0.003f)) < p->septa * 0.5f
+        return fabsf(sinf(x * 0.062f + 1.7f * sinf(y * 0.043f)) * sinf(y * 0.071f - 1.3f * sinf(x * 0.037f) + z * 0.003f)) <
+                       p->septa * 0.5f
                    ? T_FAT
                    : T_MUSCLE;
     }
@@ -478,7 +483,8 @@ static inline void phantom_sample(const PhantomBody *p, const PhantomPlane *f, i
     for (int k = 0; k < p->n_parts; k++) {
         const PhantomPart *o = &p->parts[k];
         // The part's box in the image: its centre's row and column, and how far its radii (and the bending) can reach.
-        float apart[3] = {o->x - f->centre[0], o->y - f->centre[1], o->z - f->centre[2]}, reach[3] = {o->rx + 14, o->ry + 14, o->rz + 14};
+        float apart[3] = {o->x - f->centre[0], o->y - f->centre[1], o->z - f->centre[2]},
+              reach[3] = {o->rx + 14, o->ry + 14, o->rz + 14};
         float col = 0, row = 0, off = 0, wide = 0, high = 0, thick = 0;
         for (int d = 0; d < 3; d++) {
             col += apart[d] * f->across[d] / aa, wide += reach[d] * fabsf(f->across[d]) / aa;
@@ -487,16 +493,18 @@ static inline void phantom_sample(const PhantomBody *p, const PhantomPlane *f, i
         }
         if (fabsf(off) > thick) continue;
         col += 0.5f * (cols - 1), row += 0.5f * (rows - 1);
-        int r0 = (int)fmaxf(0, floorf(row - high)), r1 = (int)fminf(rows - 1, ceilf(row + high)), c0 = (int)fmaxf(0, floorf(col - wide)),
-            c1 = (int)fminf(cols - 1, ceilf(col + wide));
-        float ix = 1 / o->rx, iy = 1 / o->ry, iz = 1 / o->rz, inner = o->inner * o->inner, wave = o->texture ? 6.2832f / o->texture : 0;
+        int r0 = (int)fmaxf(0, floorf(row - high)), r1 = (int)fminf(rows - 1, ceilf(row + high)),
+            c0 = (int)fmaxf(0, floorf(col - wide)), c1 = (int)fminf(cols - 1, ceilf(col + wide));
+        float ix = 1 / o->rx, iy = 1 / o->ry, iz = 1 / o->rz, inner = o->inner * o->inner,
+              wave = o->texture ? 6.2832f / o->texture : 0;
         for (int r = r0; r <= r1; r++)
             for (int c = c0; c <= c1; c++) {
                 const float *q = &at[3 * (r * cols + c)];
                 float x = q[0] - o->x, y = q[1] - o->y, z = q[2] - o->z, u = x * ix, v = y * iy, w = z * iz;
                 float square = u * u + v * v + (o->tube ? 0 : w * w);
                 uint8_t *t = &tissue[r * cols + c];
-                if (square > 1 || square < inner || w > 1 || w < -1 || x * o->clip_x + y * o->clip_y < 0 || !(o->over >> *t & 1)) continue;
+                if (square > 1 || square < inner || w > 1 || w < -1 || x * o->clip_x + y * o->clip_y < 0 || !(o->over >> *t & 1))
+                    continue;
                 int paint = o->tissue;
                 if (wave && sinf(x * wave + 2 * sinf(z * 0.11f + y * 0.05f)) * sinf(y * wave + 2 * sinf(x * 0.07f)) > 0.45f)
                     paint = o->other ? o->other : T_FAT;
@@ -565,7 +573,8 @@ static inline void phantom_blur(float *image, int rows, int cols, float *scratch
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c++)
             scratch[r * cols + c] =
-                0.5f * image[r * cols + c] + 0.25f * (image[r * cols + (c ? c - 1 : 0)] + image[r * cols + (c < cols - 1 ? c + 1 : c)]);
+                0.5f * image[r * cols + c] +
+                0.25f * (image[r * cols + (c ? c - 1 : 0)] + image[r * cols + (c < cols - 1 ? c + 1 : c)]);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c++)
             image[r * cols + c] = 0.5f * scratch[r * cols + c] +
@@ -573,12 +582,15 @@ static inline void phantom_blur(float *image, int rows, int cols, float *scratch
 }
 
 // Tissue to integer values as they are stored: image, scratch [rows][cols].
-static inline void phantom_render(const PhantomScan *s, Rng *r, int rows, int cols, const uint8_t *tissue, float *image, float *scratch) {
+static inline void phantom_render(const PhantomScan *s, Rng *r, int rows, int cols, const uint8_t *tissue, float *image,
+                                  float *scratch) {
     int n = rows * cols;
     for (int i = 0; i < n; i++) {
         float y = 2.0f * (i / cols) / rows - 1, x = 2.0f * (i % cols) / cols - 1;
-        float field = 1 + s->bias[0] * x + s->bias[1] * y + s->bias[2] * x * y + s->bias[3] * (x * x - 0.3f) + s->bias[4] * (y * y - 0.3f);
-        image[i] = s->value[tissue[i]] * (field > 0.15f ? field : 0.15f) + (s->smooth_noise ? 1.7f * s->noise * phantom_noise(r) : 0);
+        float field = 1 + s->bias[0] * x + s->bias[1] * y + s->bias[2] * x * y + s->bias[3] * (x * x - 0.3f) +
+                      s->bias[4] * (y * y - 0.3f);
+        image[i] = s->value[tissue[i]] * (field > 0.15f ? field : 0.15f) +
+                   (s->smooth_noise ? 1.7f * s->noise * phantom_noise(r) : 0);
     }
     phantom_blur(image, rows, cols, scratch);
     for (int i = 0; i < n; i++) {
@@ -600,7 +612,8 @@ static inline void phantom_render(const PhantomScan *s, Rng *r, int rows, int co
 static const float phantom_range[PHANTOM_REGIONS][2] = {{30, 190}, {222, 298}, {345, 565}, {605, 810}, {865, 1015}, {1080, 1650}};
 
 // The plane of slice `number` of `count` of one volume. `view` is the volume's own draws: the same for all its slices.
-static inline PhantomPlane phantom_plane(const PhantomBody *p, Rng view, int region, int plane, int number, int count, int rows, int cols) {
+static inline PhantomPlane phantom_plane(const PhantomBody *p, Rng view, int region, int plane, int number, int count, int rows,
+                                         int cols) {
     Rng *r = &view;
     float from = phantom_range[region][0], to = phantom_range[region][1];
     float jitter = (float)rng_range(r, 0, 1), z = from + (to - from) * (number + jitter) / count;
@@ -638,7 +651,8 @@ static inline PhantomPlane phantom_plane(const PhantomBody *p, Rng view, int reg
 // The table under the patient, a shallow arc `below` mm behind the body, where the air is.
 static inline void phantom_table(const PhantomBody *p, float below, const float *at, int n, uint8_t *tissue) {
     float back = 0;
-    for (int i = 300 / PHANTOM_STEP; i < PHANTOM_CROTCH / PHANTOM_STEP; i += 20) back = fmaxf(back, p->levels[i].y + p->levels[i].b);
+    for (int i = 300 / PHANTOM_STEP; i < PHANTOM_CROTCH / PHANTOM_STEP; i += 20)
+        back = fmaxf(back, p->levels[i].y + p->levels[i].b);
     for (int i = 0; i < n; i++) {
         float y = at[3 * i + 1] - back - below + at[3 * i] * at[3 * i] / 1500;
         if (tissue[i] == T_AIR && at[3 * i] > -230 && at[3 * i] < 230 && (fabsf(y) < 3 || fabsf(y - 30) < 3)) tissue[i] = T_TABLE;
@@ -650,7 +664,8 @@ static inline void phantom_volume(ShardWriter *w, const PhantomBody *p, uint64_t
                                   int plane, int count) {
     uint32_t which = 1 + (uint32_t)((modality * PHANTOM_REGIONS + region) * PLANE_COUNT + plane);
     Rng r = rng_at(seed, RNG_PHANTOM, 1, patient, which);
-    int cols = 112 + 8 * (int)rng_below(&r, 5), rows = rng_uniform(&r) < 0.6 ? cols : cols - 8 * (int)rng_below(&r, 4), n = rows * cols;
+    int cols = 112 + 8 * (int)rng_below(&r, 5), rows = rng_uniform(&r) < 0.6 ? cols : cols - 8 * (int)rng_below(&r, 4),
+        n = rows * cols;
     PhantomScan scan = phantom_scan(&r, modality);
     Rng view = rng_at(seed, RNG_PHANTOM, 2, patient, which);
     float *images = (float *)xmalloc(sizeof(float) * n * count, "a phantom volume"),
@@ -716,7 +731,8 @@ static inline void phantom_make(const char *dir, uint64_t seed, int patients, in
                 phantom_volume(&w, p, seed, (uint64_t)i, modality, region, PLANE_AXIAL, 2);
                 Rng other = rng_at(seed, RNG_PHANTOM, 3, (uint64_t)i, (uint32_t)(modality * PHANTOM_REGIONS + region));
                 int plane = (int)rng_below(&other, 4);
-                if (plane == PLANE_CORONAL || plane == PLANE_SAGITTAL) phantom_volume(&w, p, seed, (uint64_t)i, modality, region, plane, 1);
+                if (plane == PLANE_CORONAL || plane == PLANE_SAGITTAL)
+                    phantom_volume(&w, p, seed, (uint64_t)i, modality, region, plane, 1);
             }
     }
     free(p);

@@ -93,7 +93,8 @@ static void read_salt(Options *o) {
     size_t n = fread(text, 1, sizeof text, file);
     fclose(file);
     if (n < 16 || n > 4096)
-        fail(STATUS_USAGE, "--salt-file %s: a key has 16 to 4096 bytes; make one with: head -c 32 /dev/urandom > FILE", o->salt_file);
+        fail(STATUS_USAGE, "--salt-file %s: a key has 16 to 4096 bytes; make one with: head -c 32 /dev/urandom > FILE",
+             o->salt_file);
     o->salt = (SipKey){siphash((SipKey){1, 0}, text, n), siphash((SipKey){2, 0}, text, n)};
 }
 
@@ -108,7 +109,8 @@ static Options parse_options(int argc, char **argv) {
         {"patient-from", 1, 0, OPTION_PATIENT}, {"salt-file", 1, 0, OPTION_SALT}, {"shard-size", 1, 0, OPTION_SIZE},
         {"phantom", 0, 0, OPTION_PHANTOM}, {"seed", 1, 0, OPTION_SEED}, {"patients", 1, 0, OPTION_PATIENTS},
         {"info", 0, 0, OPTION_INFO}, {"verify", 0, 0, OPTION_VERIFY}, {0}};
-    static const char *const modalities[] = {"auto", "ct", "mr"}, *const planes[] = {"axial", "coronal", "sagittal", "native", "all"},
+    static const char *const modalities[] = {"auto", "ct", "mr"},
+                             *const planes[] = {"axial", "coronal", "sagittal", "native", "all"},
                              *const fourd[] = {"first", "mid", "all"};
     Options o = {.planes = PLANES_NATIVE, .seed = 1337, .patients = 60, .shard_bytes = (uint64_t)512 << 20,
                  .salt = {0x63757269612e6331, 0x7075626c69632073}};
@@ -130,10 +132,13 @@ static Options parse_options(int argc, char **argv) {
             case OPTION_INFO: o.mode = MODE_INFO; break;
             case OPTION_VERIFY: o.mode = MODE_VERIFY; break;
             case OPTION_PATIENT:
-                o.patient_from = !strcmp(optarg, "folder") ? PATIENT_FOLDER : !strcmp(optarg, "file") ? PATIENT_FILE : PATIENT_REGEX;
+                o.patient_from = !strcmp(optarg, "folder") ? PATIENT_FOLDER
+                                 : !strcmp(optarg, "file") ? PATIENT_FILE
+                                                           : PATIENT_REGEX;
                 if (o.patient_from == PATIENT_REGEX &&
                     (strncmp(optarg, "regex:", 6) || regcomp(&o.patient_regex, optarg + 6, REG_EXTENDED)))
-                    fail(STATUS_USAGE, "--patient-from %s: give folder, file, or regex: and a POSIX extended regular expression", optarg);
+                    fail(STATUS_USAGE, "--patient-from %s: give folder, file, or regex: and a POSIX extended regular expression",
+                         optarg);
                 break;
             default: fail(STATUS_USAGE, "%s: no such option, or its value is missing; see ./prep/prep --help", argv[optind - 1]);
         }
@@ -141,7 +146,8 @@ static Options parse_options(int argc, char **argv) {
     int inputs = argc - optind;
     if (o.mode == MODE_PHANTOM ? inputs > 0 : inputs == 0)
         fail(STATUS_USAGE, o.mode == MODE_PHANTOM ? "--phantom takes no INPUT" : "no INPUT; see ./prep/prep --help");
-    if ((o.mode == MODE_PACK || o.mode == MODE_PHANTOM) && !o.out) fail(STATUS_USAGE, "no -o DIR to write to; see ./prep/prep --help");
+    if ((o.mode == MODE_PACK || o.mode == MODE_PHANTOM) && !o.out)
+        fail(STATUS_USAGE, "no -o DIR to write to; see ./prep/prep --help");
     if (o.salt_file) read_salt(&o);
     return o;
 }
@@ -353,7 +359,8 @@ static Labels labels_read(const char *path) {
     if (l.n) qsort(l.rows, l.n, sizeof *l.rows, labels_order);
     for (int i = 1; i < l.n; i++)
         if (!labels_order(&l.rows[i], &l.rows[i - 1]))
-            fail(STATUS_DATA, "%s has two rows for %s%s; keep one", path, l.rows[i].file, l.rows[i].slice < 0 ? "" : " and the same slice");
+            fail(STATUS_DATA, "%s has two rows for %s%s; keep one", path, l.rows[i].file,
+                 l.rows[i].slice < 0 ? "" : " and the same slice");
     labels_number(&l, path);
     return l;
 }
@@ -480,8 +487,8 @@ static void output_patient(Output *out, uint64_t id) {
 // ---------------------------------------------------------------------------------------------------------------- volumes
 
 // Cuts a volume in one plane and adds its slices. Returns how many were kept; counts the dropped ones in *s's place.
-static int pack_plane(Output *out, Labels *labels, const Volume *v, const Input *in, ShardSlice s, int plane, float threshold, int *no_body,
-                      int *constant) {
+static int pack_plane(Output *out, Labels *labels, const Volume *v, const Input *in, ShardSlice s, int plane, float threshold,
+                      int *no_body, int *constant) {
     VolumeView w = volume_view(v, plane);
     int n = w.rows * w.cols, kept = 0;
     int16_t *pixels = (int16_t *)xmalloc(n * sizeof *pixels, "a slice");
@@ -584,12 +591,13 @@ static int pack_volume(Output *out, Labels *labels, Volume *v, const Input *in, 
         rejected(out, in, volume, patient, small ? "slices have fewer than 16 rows or columns" : "no slice with body in it");
         return 0;
     }
-    fprintf(stderr, "taken     %s: %s %dx%dx%d, %.3gx%.3gx%.3g mm, %s, %g to %g; %s: %d slices, dropped %d without body, %d constant%s%s\n",
-            in->path, modality_names[modality], v->n[0], v->n[1], v->n[2], v->spacing[0], v->spacing[1], v->spacing[2], orientation, v->low,
-            v->high, planes, kept, no_body, constant, *v->notes ? "; note: " : "", v->notes);
-    fprintf(out->report, "%d\t%016llx\t%016llx\ttaken\t\t%s\t%s\t%dx%dx%d\t%.4gx%.4gx%.4g\t%s\t%g\t%g\t%d\t%d\t%d\t%s\n", out->files,
-            (unsigned long long)volume, (unsigned long long)patient, modality_names[modality], planes, v->n[0], v->n[1], v->n[2],
-            v->spacing[0], v->spacing[1], v->spacing[2], orientation, v->low, v->high, kept, no_body, constant, v->notes);
+    fprintf(stderr,
+            "taken     %s: %s %dx%dx%d, %.3gx%.3gx%.3g mm, %s, %g to %g; %s: %d slices, dropped %d without body, %d constant%s%s\n",
+            in->path, modality_names[modality], v->n[0], v->n[1], v->n[2], v->spacing[0], v->spacing[1], v->spacing[2],
+            orientation, v->low, v->high, planes, kept, no_body, constant, *v->notes ? "; note: " : "", v->notes);
+    fprintf(out->report, "%d\t%016llx\t%016llx\ttaken\t\t%s\t%s\t%dx%dx%d\t%.4gx%.4gx%.4g\t%s\t%g\t%g\t%d\t%d\t%d\t%s\n",
+            out->files, (unsigned long long)volume, (unsigned long long)patient, modality_names[modality], planes, v->n[0], v->n[1],
+            v->n[2], v->spacing[0], v->spacing[1], v->spacing[2], orientation, v->low, v->high, kept, no_body, constant, v->notes);
     out->no_body += no_body;
     out->constant += constant;
     out->volumes[modality]++;
@@ -636,12 +644,14 @@ static void pack(Options *o, char **arguments, int n) {
         list.at[i].kind = sniff(list.at[i].path);
         if (list.at[i].kind == KIND_NIFTI && !NIFTI_BUILT)
             fail(STATUS_FAILED,
-                 "%s is NIfTI, and this prep was built without niftilib; install it (apt-get install libnifti2-dev) and run make again",
+                 "%s is NIfTI, and this prep was built without niftilib; "
+                 "install it (apt-get install libnifti2-dev) and run make again",
                  list.at[i].path);
     }
     Output out = {.options = o, .class_names = labels.names};
     output_open(&out);
-    if (!o->salt_file) fprintf(stderr, "ids are keyed with the public salt: give --salt-file before sharing these shards outside\n");
+    if (!o->salt_file)
+        fprintf(stderr, "ids are keyed with the public salt: give --salt-file before sharing these shards outside\n");
     for (int i = 0; i < list.n; i++) {
         const Input *in = &list.at[i];
         char reason[256];
@@ -667,17 +677,20 @@ static void pack(Options *o, char **arguments, int n) {
     int unused = 0;
     for (int i = 0; i < labels.n; i++) unused += !labels.rows[i].used;
     if (unused)
-        warn("%d of %d rows of %s match no stored slice (first columns: file and slice, as --help says)", unused, labels.n, o->labels);
-    fprintf(stderr, "%d files: %d taken, %d left out (%d label images), %d in a format that comes later, %d not images\n", out.files,
-            out.accepted, out.rejected, out.label_images, out.later, out.other);
+        warn("%d of %d rows of %s match no stored slice (first columns: file and slice, as --help says)", unused, labels.n,
+             o->labels);
+    fprintf(stderr, "%d files: %d taken, %d left out (%d label images), %d in a format that comes later, %d not images\n",
+            out.files, out.accepted, out.rejected, out.label_images, out.later, out.other);
     fprintf(stderr,
-            "%lld CT and %lld MR volumes of %d patients: %lld slices in %d shards; dropped %lld slices without body and %lld constant\n",
-            (long long)out.volumes[MODALITY_CT], (long long)out.volumes[MODALITY_MR], out.n_patients, (long long)out.slices, out.shards,
-            (long long)out.no_body, (long long)out.constant);
+            "%lld CT and %lld MR volumes of %d patients: %lld slices in %d shards; "
+            "dropped %lld slices without body and %lld constant\n",
+            (long long)out.volumes[MODALITY_CT], (long long)out.volumes[MODALITY_MR], out.n_patients, (long long)out.slices,
+            out.shards, (long long)out.no_body, (long long)out.constant);
     if (out.n_patients == 1 && out.accepted > 20)
         warn("all %d files are of one patient by --patient-from; see --help if that is wrong", out.accepted);
     if (out.slices == 0) fail(STATUS_DATA, "no usable volume in %s%s; the lines above say why", arguments[0], n > 1 ? " ..." : "");
-    if (out.named_bad) fail(STATUS_DATA, "a file named on the command line was left out, as said above; the others are in %s", o->out);
+    if (out.named_bad)
+        fail(STATUS_DATA, "a file named on the command line was left out, as said above; the others are in %s", o->out);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- shards
@@ -726,9 +739,9 @@ static void show_info(char **arguments, int n) {
                 last = t;
             }
             printf("%016llx\t%016llx\t%s\t%s\t%llu\t%d\t%d\t%.4g\t%.4g\t%.4g\t%g\t%g\t%.6g\t%.6g\t%d\t%d\n",
-                   (unsigned long long)s->volume_id, (unsigned long long)s->patient_id, modality_names[s->modality], plane_names[s->plane],
-                   (unsigned long long)(next - i), s->rows, s->cols, s->spacing_row, s->spacing_col, s->spacing_slice, s->scale,
-                   s->intercept, s->volume_mean, s->volume_std, s->label, last->label);
+                   (unsigned long long)s->volume_id, (unsigned long long)s->patient_id, modality_names[s->modality],
+                   plane_names[s->plane], (unsigned long long)(next - i), s->rows, s->cols, s->spacing_row, s->spacing_col,
+                   s->spacing_slice, s->scale, s->intercept, s->volume_mean, s->volume_std, s->label, last->label);
         }
         dataset_close(d);
     }

@@ -145,7 +145,8 @@ static inline int volume_store(Volume *v, const void *data, int type, double slo
 
 // The axes of a plane, in the body: what is constant in a slice, what its rows and its columns run along, and which of
 // them run against left, posterior, superior.
-static const struct { int normal, down, across, down_inferior; } volume_planes[PLANE_COUNT] = {{2, 1, 0, 0}, {1, 2, 0, 1}, {0, 2, 1, 1}};
+static const struct { int normal, down, across, down_inferior; } volume_planes[PLANE_COUNT] = {
+    {2, 1, 0, 0}, {1, 2, 0, 1}, {0, 2, 1, 1}};
 
 typedef struct { int rows, cols, slices, normal, down, across; float spacing_row, spacing_col, spacing_slice; } VolumeView;
 
@@ -154,8 +155,8 @@ static inline VolumeView volume_view(const Volume *v, int plane) {
     int at[3] = {0};
     for (int a = 0; a < 3; a++) at[v->axis[a]] = a;
     int normal = at[volume_planes[plane].normal], down = at[volume_planes[plane].down], across = at[volume_planes[plane].across];
-    return (VolumeView){v->n[down], v->n[across], v->n[normal], normal, down, across, (float)v->spacing[down], (float)v->spacing[across],
-                        (float)v->spacing[normal]};
+    return (VolumeView){v->n[down], v->n[across], v->n[normal], normal, down, across, (float)v->spacing[down],
+                        (float)v->spacing[across], (float)v->spacing[normal]};
 }
 
 // Copies slice `number` (counted to superior, posterior or left) of `plane` to out [rows][cols]: axial rows to posterior

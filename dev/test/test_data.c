@@ -76,7 +76,8 @@ static void test_order(void) {
             same_seed += at == epoch_index(8, 3, k, n);
             in_place += at == k;
         }
-        check(!bad, "epoch_index over %llu is not a permutation: %llu positions clash", (unsigned long long)n, (unsigned long long)bad);
+        check(!bad, "epoch_index over %llu is not a permutation: %llu positions clash", (unsigned long long)n,
+              (unsigned long long)bad);
         if (n >= 1000)
             check(same_epoch < 20 && same_seed < 20 && in_place < 20,
                   "epoch_index over %llu repeats: %llu, %llu, %llu fixed points (1 expected)", (unsigned long long)n,
@@ -215,7 +216,8 @@ static void test_shards(void) {
     FILE *longer = fopen(bad, "ab");
     fputc(0, longer);
     fclose(longer);
-    check(missed == 0 && shard_check(bad, reason, sizeof reason), "%d of %ld shorter files, or a longer one, were taken", missed, bytes);
+    check(missed == 0 && shard_check(bad, reason, sizeof reason), "%d of %ld shorter files, or a longer one, were taken",
+          missed, bytes);
     // The same through the dataset, in a child: status 3, one line, the file's name, never a crash.
     missed = 0;
     for (long i = 0; i < bytes; i += 5) {
@@ -225,8 +227,8 @@ static void test_shards(void) {
         misnamed += !one_line() || !strstr(text, bad);
         data[i] ^= 0x41;
     }
-    check(missed == 0 && misnamed == 0, "through the dataset: %d flips not refused with status 3, %d without one line that names the file",
-          missed, misnamed);
+    check(missed == 0 && misnamed == 0,
+          "through the dataset: %d flips not refused with status 3, %d without one line that names the file", missed, misnamed);
     // Records that make no sense under checksums that are right.
     const ShardHeader *h = (const ShardHeader *)data;
     struct { size_t at; uint32_t value; const char *what;
@@ -270,7 +272,8 @@ static void test_shards(void) {
         ShardHeader *g = (ShardHeader *)copy;
         g->header_checksum = checksum(g, sizeof *g - 8);
         write_all(bad, copy, bytes);
-        check(shard_check(bad, reason, sizeof reason) && strstr(reason, headers[i].says), "a header with %s: %s", headers[i].what, reason);
+        check(shard_check(bad, reason, sizeof reason) && strstr(reason, headers[i].says), "a header with %s: %s",
+              headers[i].what, reason);
         free(copy);
     }
     unlink(bad);
@@ -297,7 +300,8 @@ static void test_dataset(void) {
         snprintf(name, sizeof name, "many/%02d.shard", i);
         write_shard(in_folder(name), 3, 1000 + 300 * i, i < 39 ? "a\nb\n" : "a\nc\n");
     }
-    const char *many = in_folder("many"), *two[2] = {in_folder("many/39.shard"), in_folder("many/00.shard")}, *other[2] = {two[1], two[0]};
+    const char *many = in_folder("many"), *two[2] = {in_folder("many/39.shard"), in_folder("many/00.shard")},
+               *other[2] = {two[1], two[0]};
     Dataset *d = dataset_open(&many, 1);
     check(dataset_count(d) == 120, "40 shards of 3 are %llu slices", (unsigned long long)dataset_count(d));
     int open = 0, bad = 0;
@@ -420,8 +424,8 @@ static void test_anatomy(void) {
     check(s.box_top == 10 && s.box_bottom == 21 && s.box_left == 20 && s.box_right == 41, "box %d %d %d %d", s.box_top, s.box_left,
           s.box_bottom, s.box_right);
     check(fabs(s.centre_row - 15.5) < 1e-5 && fabs(s.centre_col - 30.5) < 1e-5, "centre %g %g", s.centre_row, s.centre_col);
-    check(fabs(s.spread_row - sqrt((9 * 9 - 1) / 12.0)) < 1e-5 && fabs(s.spread_col - sqrt((19 * 19 - 1) / 12.0)) < 1e-5, "spread %g %g",
-          s.spread_row, s.spread_col);
+    check(fabs(s.spread_row - sqrt((9 * 9 - 1) / 12.0)) < 1e-5 && fabs(s.spread_col - sqrt((19 * 19 - 1) / 12.0)) < 1e-5,
+          "spread %g %g", s.spread_row, s.spread_col);
     check(fabs(part - (11 * 21 + 60) / 2400.0) < 1e-9, "foreground %g", part);
     for (int i = 0; i < R * C; i++) v[i] = -1000;
     slice_anatomy(v, R, C, -500, &s);
@@ -434,8 +438,8 @@ static void test_anatomy(void) {
     const float x[5] = {-2000, -1000, 0, 1000, 3000};
     moments_add(&m, x, 2, -1000);
     moments_add(&m, x + 2, 3, -1000);
-    check(m.count == 5 && fabs(m.mean - 400) < 1e-9 && fabs(moments_std(&m) - sqrt(11200000 / 4.0)) < 1e-6, "mean %g, deviation %g", m.mean,
-          moments_std(&m));
+    check(m.count == 5 && fabs(m.mean - 400) < 1e-9 && fabs(moments_std(&m) - sqrt(11200000 / 4.0)) < 1e-6,
+          "mean %g, deviation %g", m.mean, moments_std(&m));
 }
 
 static void test_phantom(void) {
@@ -455,7 +459,8 @@ static void test_phantom(void) {
         classes[s->label]++;
         planes[s->plane]++;
         bad += s->box_bottom - s->box_top < 8 || s->volume_std < 1;
-        for (uint64_t j = 0; j < dataset_count(d[3]); j++) shared += dataset_slice(d[3], j, NULL, NULL)->patient_id == s->patient_id;
+        for (uint64_t j = 0; j < dataset_count(d[3]); j++)
+            shared += dataset_slice(d[3], j, NULL, NULL)->patient_id == s->patient_id;
     }
     for (int c = 0; c < PHANTOM_REGIONS; c++) bad += classes[c] < 8;
     check(!shared && !bad && planes[PLANE_AXIAL] && planes[PLANE_CORONAL] + planes[PLANE_SAGITTAL],
@@ -467,7 +472,8 @@ static void test_phantom(void) {
 }
 
 int main(void) {
-    snprintf(folder, sizeof folder, "%s/test_data.XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm"); // memory: thousands of syncs
+    snprintf(folder, sizeof folder, "%s/test_data.XXXXXX",
+             access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");       // memory: thousands of syncs
     if (!mkdtemp(folder)) fail(STATUS_FAILED, "cannot make %s: %s", folder, strerror(errno));
     test_order();
     test_shards();

@@ -72,10 +72,12 @@ static void test_auroc(void) {
             mean += expected / (K - 1);
         }
         double macro = macro_auroc(score, label, N, K, &used);
-        check(used == K - 1 && near(macro, mean, 1e-12), "macro auroc with %d levels: %.17g over %d classes, expected %.17g", levels, macro, used, mean);
+        check(used == K - 1 && near(macro, mean, 1e-12), "macro auroc with %d levels: %.17g over %d classes, expected %.17g",
+              levels, macro, used, mean);
     }
     int one[3] = {1, 1, 1};
-    check(isnan(auroc(score, 1, one, 1, 3)) && isnan(auroc(score, 1, one, 0, 3)), "auroc without a negative or a positive is not NaN");
+    check(isnan(auroc(score, 1, one, 1, 3)) && isnan(auroc(score, 1, one, 0, 3)),
+          "auroc without a negative or a positive is not NaN");
     check(isnan(macro_auroc(score, one, 1, 3, &used)) && used == 0, "macro auroc of one class is not NaN");
     double order[4] = {0.1, 0.4, 0.35, 0.8};
     int truth[4] = {0, 0, 1, 1};
@@ -86,7 +88,8 @@ static void test_accuracy(void) {
     int label[6] = {0, 0, 0, 0, 1, 3}, predicted[6] = {0, 0, 0, 1, 1, 0};
     check(near(accuracy(predicted, label, 6), 4.0 / 6, 1e-15), "accuracy");
     check(near(balanced_accuracy(predicted, label, 6, 5), (0.75 + 1 + 0) / 3, 1e-15), "balanced accuracy with absent classes");
-    check(majority_class(label, 6, 5) == 0 && majority_class((int[]){2, 1, 1, 2}, 4, 3) == 1, "majority class, the smaller of equals");
+    check(majority_class(label, 6, 5) == 0 && majority_class((int[]){2, 1, 1, 2}, 4, 3) == 1,
+          "majority class, the smaller of equals");
     double scores[8] = {0.5, 0.5, 0.1, 0.9, 0, 0, 0.2, 0.1};
     int best[4];
     argmax_rows(scores, 4, 2, best);
@@ -116,7 +119,7 @@ static void test_patients(void) {
     check(differs, "another seed gives another split");
 }
 
-// ---------------------------------------------------------------------------------------------------------------- k nearest neighbours
+// ------------------------------------------------------------------------------------------------------------ k nearest neighbours
 
 // Features [n, dim] with rows repeated, so that similarities tie, and one zero row.
 static float *make_features(size_t n, size_t dim, int classes, int *label, uint64_t seed) {
@@ -124,13 +127,16 @@ static float *make_features(size_t n, size_t dim, int classes, int *label, uint6
     Rng r = rng_at(seed, RNG_TEST, 1, 0, 0);
     for (size_t i = 0; i < n; i++) {
         label[i] = (int)rng_below(&r, (uint64_t)classes);
-        for (size_t j = 0; j < dim; j++) x[i * dim + j] = i % 11 == 10 ? x[(i - 7) * dim + j] : (float)(rng_normal(&r) + (j % (size_t)classes == (size_t)label[i]));
+        for (size_t j = 0; j < dim; j++)
+            x[i * dim + j] = i % 11 == 10 ? x[(i - 7) * dim + j]
+                                          : (float)(rng_normal(&r) + (j % (size_t)classes == (size_t)label[i]));
     }
     for (size_t j = 0; j < dim; j++) x[2 * dim + j] = 0;
     return x;
 }
 
-static void knn_by_sorting(const float *x, size_t dim, const size_t *train, size_t n_train, size_t asked, const int *label, int classes, size_t k, double *score) {
+static void knn_by_sorting(const float *x, size_t dim, const size_t *train, size_t n_train, size_t asked, const int *label,
+                           int classes, size_t k, double *score) {
     double *similarity = xmalloc(n_train * sizeof *similarity, "test"), norm = 0, sum = 0;
     for (size_t j = 0; j < dim; j++) norm += (double)x[asked * dim + j] * x[asked * dim + j];
     for (size_t i = 0; i < n_train; i++) {
@@ -172,7 +178,7 @@ static void test_knn(void) {
             omp_set_num_threads(3);
             knn_scores(x, dims[d], train, n_train, test, n_test, label, CLASSES, ks[q], 0.07, again);
             check(!memcmp(scores, again, n_test * CLASSES * sizeof *scores), "knn with 1 and 3 threads differ, dim %zu", dims[d]);
-            if (dims[d] == 1 && ks[q] < n_train) {              // every similarity is 1, -1 or 0 up to rounding: ties decide, not compared
+            if (dims[d] == 1 && ks[q] < n_train) {      // every similarity is 1, -1 or 0 up to rounding: ties decide, not compared
                 free(x);
                 continue;
             }
@@ -189,7 +195,7 @@ static void test_knn(void) {
     check(score[0] == 0 && score[1] == 1, "of equally near neighbours the earlier counts");
 }
 
-// ---------------------------------------------------------------------------------------------------------------- logistic regression
+// ------------------------------------------------------------------------------------------------------------- logistic regression
 
 static void test_logistic(void) {
     enum { N = 203, K = 4, DIM = 75 };
@@ -219,7 +225,8 @@ static void test_logistic(void) {
         for (int j = 0; j < SIZE; j++) b[j] = rng_normal(&r);
         omp_set_num_threads(1);
         LogisticFit one = logistic_fit(x, label, N, DIM, K, C, 1e-10, a), two = logistic_fit(x, label, N, DIM, K, C, 1e-10, b);
-        check(one.converged && two.converged && near(one.loss, two.loss, 1e-8), "logistic C=%g: loss %.12g and %.12g from two starts, gap %.2g", C, one.loss, two.loss, one.gap);
+        check(one.converged && two.converged && near(one.loss, two.loss, 1e-8),
+              "logistic C=%g: loss %.12g and %.12g from two starts, gap %.2g", C, one.loss, two.loss, one.gap);
         memset(b, 0, sizeof b);
         omp_set_num_threads(3);
         logistic_fit(x, label, N, DIM, K, C, 1e-10, b);
@@ -231,7 +238,8 @@ static void test_logistic(void) {
     int uneven[8] = {0, 0, 0, 0, 0, 2, 2, 0};
     LogisticFit fit = logistic_fit(zero, uneven, 8, 1, 3, 1, 1e-14, bias);
     logistic_scores(zero, 8, 1, 3, bias, probability);
-    check(fit.converged && near(probability[0], 0.75, 1e-6) && near(probability[2], 0.25, 1e-6), "frequencies %.9g %.9g, expected 0.75 0.25", probability[0], probability[2]);
+    check(fit.converged && near(probability[0], 0.75, 1e-6) && near(probability[2], 0.25, 1e-6),
+          "frequencies %.9g %.9g, expected 0.75 0.25", probability[0], probability[2]);
     check(probability[1] == 0 && isinf(bias[4]), "a class without a row has probability %.3g, expected 0", probability[1]);
 
     // The fit with a class missing is the fit without that class.
@@ -241,7 +249,8 @@ static void test_logistic(void) {
         packed[i] = three[i] > 1 ? three[i] - 1 : three[i];
     }
     double gap[SIZE] = {0}, dense[SIZE] = {0};
-    LogisticFit g = logistic_fit(x, three, N, DIM, K, 0.1, 1e-10, gap), d = logistic_fit(x, packed, N, DIM, K - 1, 0.1, 1e-10, dense);
+    LogisticFit g = logistic_fit(x, three, N, DIM, K, 0.1, 1e-10, gap),
+                d = logistic_fit(x, packed, N, DIM, K - 1, 0.1, 1e-10, dense);
     check(near(g.loss, d.loss, 1e-10), "a missing class changes the loss: %.12g, without it %.12g", g.loss, d.loss);
     free(features);
     free(x);
@@ -256,14 +265,16 @@ static void test_linear_probe(void) {
     for (size_t i = 0; i < N; i++) {
         rank[i] = i % 12;
         x[i * DIM] = 1e6f;                                      // a constant column, far from 0
-        for (int k = 0; k < K; k++) x[i * DIM + 1 + (size_t)k] = 1000 + 10 * (float)(label[i] == k);    // and some that tell the classes apart
+        for (int k = 0; k < K; k++)
+            x[i * DIM + 1 + (size_t)k] = 1000 + 10 * (float)(label[i] == k);    // and some that tell the classes apart
         if (rank[i] < 6) train[n_train++] = i;
         else truth[n_test] = label[i], test[n_test++] = i;
     }
     double scores[N * K];
     LinearProbe probe = linear_probe(x, DIM, train, n_train, test, n_test, label, rank, 6, K, scores);
     argmax_rows(scores, n_test, K, predicted);
-    check(probe.fit.converged && probe.validation == 1 && accuracy(predicted, truth, n_test) == 1, "a separable problem: validation %g, accuracy %g", probe.validation, accuracy(predicted, truth, n_test));
+    check(probe.fit.converged && probe.validation == 1 && accuracy(predicted, truth, n_test) == 1,
+          "a separable problem: validation %g, accuracy %g", probe.validation, accuracy(predicted, truth, n_test));
     for (size_t i = 0; i < N; i++) x[i * DIM] = rank[i] < 6 ? -5 : (float)i;
     double other[N * K];
     linear_probe(x, DIM, train, n_train, test, n_test, label, rank, 6, K, other);
@@ -305,7 +316,8 @@ static void expect_error(const char *before, const char *program, const char *ar
     char *err = slurp("err"), *out = slurp("out"), *error = strstr(err, "error: ");
     int lines = 0;
     for (char *at = error; at && *at; at++) lines += *at == '\n';
-    check(got == status && error && lines == 1 && strstr(error, part) && !*out, "%s: status %d, expected %d; stderr: %s", arguments, got, status, err);
+    check(got == status && error && lines == 1 && strstr(error, part) && !*out, "%s: status %d, expected %d; stderr: %s", arguments,
+          got, status, err);
     free(err);
     free(out);
 }
@@ -317,8 +329,10 @@ static void write_model(const char *path) {
     snprintf(name, sizeof name, "%s/config.json", path);
     FILE *f = file_create(name);
     fprintf(f, "{\"architectures\": [\"Dinov2Model\"], \"model_type\": \"dinov2\", \"hidden_size\": 32, \"num_hidden_layers\": 1,\n"
-               " \"num_attention_heads\": 2, \"mlp_ratio\": 4, \"hidden_act\": \"gelu\", \"layer_norm_eps\": 1e-06, \"image_size\": 32,\n"
-               " \"patch_size\": 8, \"num_channels\": 1, \"qkv_bias\": true, \"layerscale_value\": 1.0, \"use_swiglu_ffn\": false}\n");
+               " \"num_attention_heads\": 2, \"mlp_ratio\": 4, \"hidden_act\": \"gelu\", \"layer_norm_eps\": 1e-06,"
+               " \"image_size\": 32,\n"
+               " \"patch_size\": 8, \"num_channels\": 1, \"qkv_bias\": true, \"layerscale_value\": 1.0,"
+               " \"use_swiglu_ffn\": false}\n");
     file_close(f, name);
     Config c = config_default();
     c.model_dim = 32, c.model_depth = 1, c.model_heads = 2, c.model_patch = 8, c.crops_global_size = 32, c.model_layerscale = 1;
@@ -327,7 +341,8 @@ static void write_model(const char *path) {
     snprintf(name, sizeof name, "%s/model.safetensors", path);
     SafeWriter w;
     safetensors_write_begin(&w, name, NULL);
-    for (int i = 0; i < t.count; i++) safetensors_write_declare(&w, t.tensors[i].name, DTYPE_F32, t.tensors[i].rank, t.tensors[i].shape);
+    for (int i = 0; i < t.count; i++)
+        safetensors_write_declare(&w, t.tensors[i].name, DTYPE_F32, t.tensors[i].rank, t.tensors[i].shape);
     for (int i = 0; i < t.count; i++) {
         float *value = xmalloc(t.tensors[i].size * sizeof *value, "test weights");
         tensor_init(&t, i, 1, value);
@@ -376,10 +391,12 @@ static void write_shard(const char *path, int patients, int labelled, int classe
         int16_t pixels[24 * 20];
         for (int y = 0; y < 24; y++)
             for (int x = 0; x < 20; x++) pixels[y * 20 + x] = (int16_t)(20 * rng_normal(&r) + (y / 8 == k ? 200 : 0));
-        ShardSlice s = {.volume_id = 100 + (uint64_t)i / 3, .patient_id = 7 + (uint64_t)i / 6, .rows = 24, .cols = 20, .slice_number = i % 3,
-                        .volume_slices = 3, .spacing_row = 1, .spacing_col = 1, .spacing_slice = 1, .scale = 2, .intercept = -1100, .modality = MODALITY_MR,
+        ShardSlice s = {.volume_id = 100 + (uint64_t)i / 3, .patient_id = 7 + (uint64_t)i / 6, .rows = 24, .cols = 20,
+                        .slice_number = i % 3, .volume_slices = 3, .spacing_row = 1, .spacing_col = 1, .spacing_slice = 1,
+                        .scale = 2, .intercept = -1100, .modality = MODALITY_MR,
                         .box_bottom = 24, .box_right = 20, .centre_row = 12, .centre_col = 10, .spread_row = 6, .spread_col = 5,
-                        .label = labelled && i % 6 != 5 ? 3 + k : -1, .target = NAN, .volume_mean = -960, .volume_std = 200, .volume_mean_clipped = -890, .volume_std_clipped = 150};
+                        .label = labelled && i % 6 != 5 ? 3 + k : -1, .target = NAN, .volume_mean = -960, .volume_std = 200,
+                        .volume_mean_clipped = -890, .volume_std_clipped = 150};
         shard_writer_add(&w, &s, pixels, NULL);
     }
     shard_writer_close(&w, labelled ? "a\nb\nc\nupper\nmiddle\tpart\nlower\n" : NULL);
@@ -416,31 +433,40 @@ static void test_program(const char *program) {
     check(run("", program, "--help") == 0, "--help");
     check(run("", program, "--model hf --data good.shard --random-init --feature mean") == 0, "a whole run: %s", slurp("err"));
     char *out = slurp("out");
-    check(!strcmp(field(out, 1, "protocol"), "knn") && !strcmp(field(out, 2, "protocol"), "linear") && !strcmp(field(out, 3, "model"), "random-init"), "rows: %s", out);
-    check(!strcmp(field(out, 1, "n_train"), "25") && !strcmp(field(out, 1, "n_test"), "25") && !strcmp(field(out, 1, "patients_test"), "5"), "50 labelled slices of 10 patients: %s", out);
-    check(atof(field(out, 1, "accuracy")) == 1 && atof(field(out, 2, "macro_auroc")) == 1 && atof(field(out, 2, "majority")) < 0.6, "stripes are told apart: %s", out);
-    check(!strcmp(field(out, 1, "norm"), "slice") && !strcmp(field(out, 1, "size"), "32") && !strcmp(field(out, 1, "classes"), "3"), "settings: %s", out);
+    check(!strcmp(field(out, 1, "protocol"), "knn") && !strcmp(field(out, 2, "protocol"), "linear") &&
+          !strcmp(field(out, 3, "model"), "random-init"), "rows: %s", out);
+    check(!strcmp(field(out, 1, "n_train"), "25") && !strcmp(field(out, 1, "n_test"), "25") &&
+          !strcmp(field(out, 1, "patients_test"), "5"), "50 labelled slices of 10 patients: %s", out);
+    check(atof(field(out, 1, "accuracy")) == 1 && atof(field(out, 2, "macro_auroc")) == 1 && atof(field(out, 2, "majority")) < 0.6,
+          "stripes are told apart: %s", out);
+    check(!strcmp(field(out, 1, "norm"), "slice") && !strcmp(field(out, 1, "size"), "32") && !strcmp(field(out, 1, "classes"), "3"),
+          "settings: %s", out);
     check(run("OMP_NUM_THREADS=1", program, "--model hf --data good.shard --random-init --feature mean") == 0, "one thread");
     char *again = slurp("out");
     check(!strcmp(out, again), "one thread and many print the same");
-    check(run("", program, "--model run --data good.shard --protocol linear --feature cls+mean --norm volume --clip-air 0 --size 16 --test-share 0.2 --seed 3") == 0, "a run's folder: %s", slurp("err"));
+    check(run("", program, "--model run --data good.shard --protocol linear --feature cls+mean --norm volume --clip-air 0 "
+                           "--size 16 --test-share 0.2 --seed 3") == 0, "a run's folder: %s", slurp("err"));
     free(out);
     out = slurp("out");
     char *err = slurp("err");
     check(strstr(err, "run/step-00000100/teacher") != NULL, "the newest checkpoint with weights: %s", err);
-    check(!strcmp(field(out, 1, "patients_test"), "2") && !strcmp(field(out, 1, "n_test"), "10") && !strcmp(field(out, 1, "size"), "16") && !strcmp(field(out, 1, "norm"), "volume") &&
+    check(!strcmp(field(out, 1, "patients_test"), "2") && !strcmp(field(out, 1, "n_test"), "10") &&
+          !strcmp(field(out, 1, "size"), "16") && !strcmp(field(out, 1, "norm"), "volume") &&
           !strcmp(field(out, 1, "clip_air"), "0") && !strcmp(field(out, 1, "feature"), "cls+mean"), "options: %s", out);
     check(run("", program, "--model run/step-00000020 --data good.shard --protocol knn") == 0, "a checkpoint's folder");
 
-    check(run("", program, "--model hf --data good.shard --data good.shard --extract both --feature cls+mean") == 0, "extract: %s", slurp("err"));
+    check(run("", program, "--model hf --data good.shard --data good.shard --extract both --feature cls+mean") == 0, "extract: %s",
+          slurp("err"));
     char *npy = slurp("both.npy"), *tsv = slurp("both.tsv");
-    check(!memcmp(npy, "\x93NUMPY\x01\x00\x76\x00", 10) && strstr(npy + 10, "'<f4', 'fortran_order': False, 'shape': (120, 64)"), "the .npy header");
+    check(!memcmp(npy, "\x93NUMPY\x01\x00\x76\x00", 10) && strstr(npy + 10, "'<f4', 'fortran_order': False, 'shape': (120, 64)"),
+          "the .npy header");
     float twin[2][64];
     memcpy(twin[0], npy + 128, 256);
     memcpy(twin[1], npy + 128 + 60 * 256, 256);
     check(!memcmp(twin[0], twin[1], 256) && isfinite(twin[0][0]), "the same slice gives the same features");
-    check(!strcmp(field(tsv, 2, "class"), "middle part") && !strcmp(field(tsv, 2, "label"), "4") && !strcmp(field(tsv, 6, "label"), "-1") &&
-          !strcmp(field(tsv, 120, "row"), "119") && !strcmp(field(tsv, 1, "modality"), "MR") && !strcmp(field(tsv, 1, "patient"), "0000000000000007"), "the .tsv");
+    check(!strcmp(field(tsv, 2, "class"), "middle part") && !strcmp(field(tsv, 2, "label"), "4") &&
+          !strcmp(field(tsv, 6, "label"), "-1") && !strcmp(field(tsv, 120, "row"), "119") &&
+          !strcmp(field(tsv, 1, "modality"), "MR") && !strcmp(field(tsv, 1, "patient"), "0000000000000007"), "the .tsv");
     check(!file_there("both.npy.partial"), "a temporary file was left");
     const char *parts[2] = {"cls", "mean"};
     for (int i = 0; i < 2; i++) {
@@ -448,11 +474,14 @@ static void test_program(const char *program) {
         snprintf(arguments, sizeof arguments, "--model hf --data good.shard --extract part --feature %s", parts[i]);
         check(run("", program, arguments) == 0, "extract of %s", parts[i]);
         char *part = slurp("part.npy");
-        check(strstr(part + 10, "(60, 32)") && !memcmp(part + 128 + 7 * 128, npy + 128 + 7 * 256 + i * 128, 128), "cls+mean is not cls, then mean: %s", parts[i]);
+        check(strstr(part + 10, "(60, 32)") && !memcmp(part + 128 + 7 * 128, npy + 128 + 7 * 256 + i * 128, 128),
+              "cls+mean is not cls, then mean: %s", parts[i]);
         free(part);
     }
-    check(run("", program, "--model hf --data plain.shard --extract plain") == 0 && file_there("plain.npy"), "extract without labels: %s", slurp("err"));
-    check(run("", program, "--model hf --data alone.shard --extract alone") == 0 && file_there("alone.npy"), "extract of one patient");
+    check(run("", program, "--model hf --data plain.shard --extract plain") == 0 && file_there("plain.npy"),
+          "extract without labels: %s", slurp("err"));
+    check(run("", program, "--model hf --data alone.shard --extract alone") == 0 && file_there("alone.npy"),
+          "extract of one patient");
 
     expect_error("", program, "--model hf", STATUS_USAGE, "--data PATH is missing");
     expect_error("", program, "--data good.shard", STATUS_USAGE, "--model DIR is missing");
@@ -474,7 +503,8 @@ static void test_program(const char *program) {
     expect_error("", program, "--model hf --data plain.shard --extract x --protocol knn", STATUS_DATA, "no slice has a label");
     expect_error("", program, "--model hf --data good.shard --extract nowhere/x", STATUS_FAILED, "nowhere/x.npy");
     expect_error("trap '' XFSZ; ulimit -f 4;", program, "--model hf --data good.shard --extract big", STATUS_FAILED, "big.npy");
-    check(!file_there("big.npy") && !file_there("big.npy.partial") && !file_there("big.tsv.partial"), "a failed extract left a file");
+    check(!file_there("big.npy") && !file_there("big.npy.partial") && !file_there("big.tsv.partial"),
+          "a failed extract left a file");
     char full[PATH_MAX + 64];
     snprintf(full, sizeof full, "'%s --model hf --data good.shard >/dev/full'", program);
     expect_error("", "sh -c", full, STATUS_FAILED, "stdout");
@@ -515,13 +545,15 @@ static void solve_case(const char *path) {
         rank[i] = (size_t)place[i];
         if (i < n_train && rank[i] + 1 > patients) patients = rank[i] + 1;
     }
-    double *scores = xmalloc(n * (size_t)classes * sizeof *scores, "a case"), *w = xmalloc((size_t)classes * (dim + 1) * sizeof *w, "a case");
+    double *scores = xmalloc(n * (size_t)classes * sizeof *scores, "a case"),
+           *w = xmalloc((size_t)classes * (dim + 1) * sizeof *w, "a case");
     double *centre = xmalloc(dim * sizeof *centre, "a case"), *scale = xmalloc(dim * sizeof *scale, "a case");
     int *predicted = xmalloc(n * sizeof *predicted, "a case"), used;
     for (int linear = 0; linear < 2; linear++) {
         double start = seconds_now(), seconds;
         if (linear) {
-            LinearProbe probe = linear_probe(features, dim, rows, n_train, rows + n_train, n_test, label, rank, patients, classes, scores);
+            LinearProbe probe = linear_probe(features, dim, rows, n_train, rows + n_train, n_test, label, rank, patients,
+                                             classes, scores);
             seconds = seconds_now() - start;
             printf("linear.C %.17g\nlinear.validation %.17g\n", probe.C, probe.validation);
         } else {
@@ -530,7 +562,8 @@ static void solve_case(const char *path) {
         }
         const char *name = linear ? "linear" : "knn";
         argmax_rows(scores, n_test, classes, predicted);
-        printf("%s.seconds %.4f\n%s.balanced_accuracy %.17g\n", name, seconds, name, balanced_accuracy(predicted, label + n_train, n_test, classes));
+        printf("%s.seconds %.4f\n%s.balanced_accuracy %.17g\n", name, seconds, name,
+               balanced_accuracy(predicted, label + n_train, n_test, classes));
         double area = macro_auroc(scores, label + n_train, n_test, classes, &used);
         printf("%s.macro_auroc %.17g\n%s.used %d\n%s.predicted", name, area, name, used, name);
         for (size_t i = 0; i < n_test; i++) printf(" %d", predicted[i]);
@@ -541,8 +574,8 @@ static void solve_case(const char *path) {
     standard_statistics(features, dim, rows, n_train, centre, scale);
     double *x = standard_rows(features, dim, rows, n_train, centre, scale), start = seconds_now();
     LogisticFit fit = logistic_fit(x, label, n_train, dim, classes, C, 1e-9, w);
-    printf("logistic.seconds %.4f\nlogistic.loss %.17g\nlogistic.gap %.3g\nlogistic.iterations %d\nlogistic.converged %d\n", seconds_now() - start, fit.loss,
-           fit.gap, fit.iterations, fit.converged);
+    printf("logistic.seconds %.4f\nlogistic.loss %.17g\nlogistic.gap %.3g\nlogistic.iterations %d\nlogistic.converged %d\n",
+           seconds_now() - start, fit.loss, fit.gap, fit.iterations, fit.converged);
     free(data); free(rows); free(rank); free(scores); free(w); free(centre); free(scale); free(predicted); free(x);
 }
 

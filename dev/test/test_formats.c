@@ -63,12 +63,14 @@ static int run_child(void (*f)(const char *), const char *argument, char *text, 
 }
 
 // The child must end with the status, and say one line that holds every word.
-static void check_fails(const char *what, void (*f)(const char *), const char *argument, int status, const char *word1, const char *word2) {
+static void check_fails(const char *what, void (*f)(const char *), const char *argument, int status, const char *word1,
+                        const char *word2) {
     char text[4096];
     int got = run_child(f, argument, text, sizeof text);
     size_t n = strlen(text);
     int one = n > 0 && strchr(text, '\n') == text + n - 1;
-    check(got == status && one && strstr(text, word1) && strstr(text, word2), "%s: status %d (expected %d), said: %s", what, got, status, text);
+    check(got == status && one && strstr(text, word1) && strstr(text, word2), "%s: status %d (expected %d), said: %s", what, got,
+          status, text);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- JSON
@@ -106,27 +108,34 @@ static void check_json_integer(const char *text, int is_integer, int64_t expecte
 static void test_json(void) {
     static const char *const good[] = {
         "null", " true ", "false", "0", "-0", "1", "-12.5e-3", "1E+2", "1e-999", "\"\"", "[]", "{}", "[ ]", "{ }", "[1,2 , 3]",
-        "{\"a\":{\"b\":[{},[],\"\"]}}", "\t\r\n[null]\n", "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\x7f\"", "{\"\":1}", "{\"a\":1,\"A\":1}",
-        "123456789012345678901234567890"};
+        "{\"a\":{\"b\":[{},[],\"\"]}}", "\t\r\n[null]\n", "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\x7f\"", "{\"\":1}",
+        "{\"a\":1,\"A\":1}", "123456789012345678901234567890"};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) check_json_good(good[i]);
 
     static const char *const bad[][2] = {
-        {"", "byte 0: the text ends where"}, {"  ", "byte 2: the text ends where"}, {"nul", "byte 0: not a value"}, {"True", "not a value"},
-        {"nullx", "byte 4: more text after"}, {"1 2", "more text after"}, {"{}}", "byte 2: more text"}, {"[1]\n,", "more text"},
-        {"01", "byte 1: more text"}, {"-", "ends where a value"}, {"+1", "not a value"}, {".5", "not a value"}, {"1.", "after its point"},
-        {"1.e3", "after its point"}, {"1e", "in its exponent"}, {"1e+", "in its exponent"}, {"0x10", "more text"}, {"NaN", "not a value"},
-        {"Infinity", "not a value"}, {"1e999", "too large for a double"}, {"-1e400", "too large"}, {"[", "ends where a value"},
-        {"[1", "expected ',' or ']'"}, {"[1,", "ends where a value"}, {"[1,]", "not a value"}, {"[,1]", "not a value"}, {"[1 2]", "expected ',' or ']'"},
-        {"[1}", "expected ',' or ']'"}, {"{", "expected a key"}, {"{a:1}", "expected a key"}, {"{'a':1}", "expected a key"}, {"{\"a\"}", "expected ':'"},
-        {"{\"a\" 1}", "expected ':'"}, {"{\"a\":}", "not a value"}, {"{\"a\":1,}", "expected a key"}, {"{\"a\":1]", "expected ',' or '}'"},
-        {"{\"a\":1,\"b\":2,\"a\":3}", "'a' twice"}, {"{\"a\":1,\"\\u0061\":3}", "'a' twice"}, {"[{\"x\\ny\":1,\"x\\ny\":1}]", "'x?y' twice"},
-        {"\"", "ends within a string"}, {"\"abc", "byte 4: the text ends within"}, {"\"\\", "escape"}, {"\"\\\"", "ends within"}, {"\"\\x\"", "byte 1: an escape"},
-        {"\"\\u12\"", "escape"}, {"\"\\u12g4\"", "escape"}, {"\"\\U0041\"", "escape"}, {"\"\\u0000\"", "\\u0000"}, {"\"a\nb\"", "byte 2: a control"},
-        {"\"\\ud800\"", "surrogate"}, {"\"\\ud800x\"", "surrogate"}, {"\"\\ud800\\n\"", "surrogate"}, {"\"\\ud800\\ud800\"", "surrogate"},
-        {"\"\\udc00\"", "surrogate"}, {"\"\\udc00\\ud800\"", "surrogate"}, {"\"\\ud83d\\ude0\"", "surrogate"}, {"\"\\ud83d\\ue000\"", "surrogate"}, {"// c\n1", "not a value"},
-        {"\xef\xbb\xbf{}", "not a value"}, {"\"\x80\"", "byte 1: not UTF-8"}, {"\"\xc0\xaf\"", "not UTF-8"}, {"\"\xc3\"", "not UTF-8"}, {"\"\xc3", "not UTF-8"},
-        {"\"\xe0\x80\xaf\"", "not UTF-8"}, {"\"\xed\xa0\x80\"", "not UTF-8"}, {"\"\xf0\x80\x80\xaf\"", "not UTF-8"}, {"\"\xf4\x90\x80\x80\"", "not UTF-8"},
-        {"\"\xf8\x88\x80\x80\x80\"", "not UTF-8"}, {"\"\xff\"", "not UTF-8"}, {"\"\xe2\x82\"", "not UTF-8"}};
+        {"", "byte 0: the text ends where"}, {"  ", "byte 2: the text ends where"}, {"nul", "byte 0: not a value"},
+        {"True", "not a value"}, {"nullx", "byte 4: more text after"}, {"1 2", "more text after"}, {"{}}", "byte 2: more text"},
+        {"[1]\n,", "more text"},
+        {"01", "byte 1: more text"}, {"-", "ends where a value"}, {"+1", "not a value"}, {".5", "not a value"},
+        {"1.", "after its point"}, {"1.e3", "after its point"}, {"1e", "in its exponent"}, {"1e+", "in its exponent"},
+        {"0x10", "more text"}, {"NaN", "not a value"}, {"Infinity", "not a value"}, {"1e999", "too large for a double"},
+        {"-1e400", "too large"}, {"[", "ends where a value"},
+        {"[1", "expected ',' or ']'"}, {"[1,", "ends where a value"}, {"[1,]", "not a value"}, {"[,1]", "not a value"},
+        {"[1 2]", "expected ',' or ']'"}, {"[1}", "expected ',' or ']'"}, {"{", "expected a key"}, {"{a:1}", "expected a key"},
+        {"{'a':1}", "expected a key"}, {"{\"a\"}", "expected ':'"},
+        {"{\"a\" 1}", "expected ':'"}, {"{\"a\":}", "not a value"}, {"{\"a\":1,}", "expected a key"},
+        {"{\"a\":1]", "expected ',' or '}'"}, {"{\"a\":1,\"b\":2,\"a\":3}", "'a' twice"}, {"{\"a\":1,\"\\u0061\":3}", "'a' twice"},
+        {"[{\"x\\ny\":1,\"x\\ny\":1}]", "'x?y' twice"},
+        {"\"", "ends within a string"}, {"\"abc", "byte 4: the text ends within"}, {"\"\\", "escape"}, {"\"\\\"", "ends within"},
+        {"\"\\x\"", "byte 1: an escape"}, {"\"\\u12\"", "escape"}, {"\"\\u12g4\"", "escape"}, {"\"\\U0041\"", "escape"},
+        {"\"\\u0000\"", "\\u0000"}, {"\"a\nb\"", "byte 2: a control"},
+        {"\"\\ud800\"", "surrogate"}, {"\"\\ud800x\"", "surrogate"}, {"\"\\ud800\\n\"", "surrogate"},
+        {"\"\\ud800\\ud800\"", "surrogate"}, {"\"\\udc00\"", "surrogate"}, {"\"\\udc00\\ud800\"", "surrogate"},
+        {"\"\\ud83d\\ude0\"", "surrogate"}, {"\"\\ud83d\\ue000\"", "surrogate"}, {"// c\n1", "not a value"},
+        {"\xef\xbb\xbf{}", "not a value"}, {"\"\x80\"", "byte 1: not UTF-8"}, {"\"\xc0\xaf\"", "not UTF-8"},
+        {"\"\xc3\"", "not UTF-8"}, {"\"\xc3", "not UTF-8"}, {"\"\xe0\x80\xaf\"", "not UTF-8"}, {"\"\xed\xa0\x80\"", "not UTF-8"},
+        {"\"\xf0\x80\x80\xaf\"", "not UTF-8"}, {"\"\xf4\x90\x80\x80\"", "not UTF-8"}, {"\"\xf8\x88\x80\x80\x80\"", "not UTF-8"},
+        {"\"\xff\"", "not UTF-8"}, {"\"\xe2\x82\"", "not UTF-8"}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) check_json_bad(bad[i][0], strlen(bad[i][0]), bad[i][1]);
     check_json_bad("1\0", 2, "byte 1: more text");
     check_json_bad("\"a\0b\"", 5, "byte 2: a control character");
@@ -158,9 +167,12 @@ static void test_json(void) {
     if (check(j != NULL, "json: tree: %s", error)) {
         const Json *a = json_get(j, "a");
         check(j->type == JSON_OBJECT && j->count == 3 && !strcmp(j->keys[1], "b"), "json: tree: root");
-        check(a && a->type == JSON_ARRAY && a->count == 4 && a->children[0].number == 1 && a->children[1].number == -2.5, "json: tree: array");
-        check(a && !strcmp(a->children[1].text, "-2.5") && !strcmp(a->children[2].text, "x") && a->children[3].type == JSON_TRUE, "json: tree: text");
-        check(json_get(json_get(j, "b"), "c")->type == JSON_NULL && !json_get(json_get(j, "z"), "c") && !json_get(a, "c"), "json: json_get");
+        check(a && a->type == JSON_ARRAY && a->count == 4 && a->children[0].number == 1 && a->children[1].number == -2.5,
+              "json: tree: array");
+        check(a && !strcmp(a->children[1].text, "-2.5") && !strcmp(a->children[2].text, "x") && a->children[3].type == JSON_TRUE,
+              "json: tree: text");
+        check(json_get(json_get(j, "b"), "c")->type == JSON_NULL && !json_get(json_get(j, "z"), "c") && !json_get(a, "c"),
+              "json: json_get");
         check(!strcmp(json_get(j, "n")->text, "17"), "json: a number before '}'");
         json_free(j);
     }
@@ -220,7 +232,8 @@ static void test_json(void) {
     json_write_string(f, hard);
     fclose(f);
     check_json_string(written, hard);
-    check(!strcmp(written, "\"a\\\"b\\\\c\\n\\t\\u000d\\u0001\\u001f\\u007f/\xc3\xa9\xf0\x9f\x98\x80\""), "json: written %s", written);
+    check(!strcmp(written, "\"a\\\"b\\\\c\\n\\t\\u000d\\u0001\\u001f\\u007f/\xc3\xa9\xf0\x9f\x98\x80\""),
+          "json: written %s", written);
     free(written);
     f = open_memstream(&written, &bytes);
     json_write_string(f, "\xff\xc3");
@@ -278,10 +291,13 @@ static void test_file(void) {
     file_remove_tree(in_folder("a"));
     check(!file_exists(in_folder("a")) && file_exists(in_folder("plain")), "file: a tree is removed, and links are not followed");
     file_remove_tree(in_folder("a"));
-    check_fails("file: json_read of no JSON", child_json_read, in_folder("plain"), STATUS_DATA, "plain: is not JSON: byte 19", "not UTF-8");
-    check_fails("file: json_read of nothing", child_json_read, in_folder("none"), STATUS_DATA, "none: cannot open it", "No such file");
+    check_fails("file: json_read of no JSON", child_json_read, in_folder("plain"), STATUS_DATA, "plain: is not JSON: byte 19",
+                "not UTF-8");
+    check_fails("file: json_read of nothing", child_json_read, in_folder("none"), STATUS_DATA, "none: cannot open it",
+                "No such file");
     check_fails("file: json_read of a folder", child_json_read, folder, STATUS_DATA, "cannot read it", "directory");
-    check_fails("file: no folder for it", child_create, in_folder("none/x"), STATUS_FAILED, "none/x: cannot create", "No such file");
+    check_fails("file: no folder for it", child_create, in_folder("none/x"), STATUS_FAILED, "none/x: cannot create",
+                "No such file");
     check_fails("file: a folder where a file is", child_make_dirs, in_folder("plain/x"), STATUS_FAILED, "plain: cannot make", "");
     check_fails("file: sync of nothing", child_sync, in_folder("none"), STATUS_FAILED, "none: cannot sync", "");
     check_fails("file: full disk", child_full, "/dev/full", STATUS_FAILED, "/dev/full: cannot write", "No space");
@@ -309,7 +325,8 @@ static void check_header(const char *header, size_t data, const char *reason) {
           bad ? why : "accepted", reason ? reason : "to be accepted");
 }
 
-#define T(name, dtype, shape, begin, end) "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" #begin "," #end "]}"
+#define T(name, dtype, shape, begin, end) \
+    "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" #begin "," #end "]}"
 
 static void test_headers(void) {
     char why[1024];
@@ -365,23 +382,29 @@ static void test_headers(void) {
     check_header("{" T("a", "F4", "3", 0, 1) "}", 1, "no whole number of bytes");
     check_header("{" T("a", "F32", "2", 0, 4) "}", 4, "tensor 'a': its shape and dtype need 8 bytes, and its data_offsets give 4");
     check_header("{" T("a", "F32", "1", 0, 8) "}", 8, "need 4 bytes");
-    check_header("{" T("a", "U8", "4", 0, 4) "," T("b", "U8", "4", 2, 6) "}", 6, "tensor 'b': begins at byte 2 of the data, within another");
+    check_header("{" T("a", "U8", "4", 0, 4) "," T("b", "U8", "4", 2, 6) "}", 6,
+                 "tensor 'b': begins at byte 2 of the data, within another");
     check_header("{" T("a", "U8", "4", 0, 4) "," T("b", "U8", "4", 0, 4) "}", 4, "within another");
-    check_header("{" T("a", "U8", "4", 0, 4) "," T("b", "U8", "4", 5, 9) "}", 9, "tensor 'b': begins at byte 5 of the data, after a hole");
+    check_header("{" T("a", "U8", "4", 0, 4) "," T("b", "U8", "4", 5, 9) "}", 9,
+                 "tensor 'b': begins at byte 5 of the data, after a hole");
     check_header("{" T("a", "U8", "4", 1, 5) "}", 5, "after a hole");
     check_header("{" T("a", "U8", "0", 3, 3) "}", 3, "after a hole");
-    check_header("{" T("a", "U8", "4", 0, 4) "," T("z", "U8", "0", 2, 2) "}", 4, "tensor 'z': begins at byte 2 of the data, within");
+    check_header("{" T("a", "U8", "4", 0, 4) "," T("z", "U8", "0", 2, 2) "}", 4,
+                 "tensor 'z': begins at byte 2 of the data, within");
     check_header("{" T("a", "U8", "4", 0, 4) "}", 5, "has bytes at its end");
     check_header("{}", 1, "has bytes at its end");
     check_header("{" T("a", "U8", "4", 0, 4) "}", 3, "is cut short");
 
-    static const uint64_t lengths[] = {3, 100000001, 0xffffffffffffffff, 0xfffffffffffffff8, (uint64_t)1 << 63, (uint64_t)INT64_MAX};
+    static const uint64_t lengths[] = {3, 100000001, 0xffffffffffffffff, 0xfffffffffffffff8, (uint64_t)1 << 63,
+                                       (uint64_t)INT64_MAX};
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
         int bad = safetensors_check(write_raw(lengths[i], "{}", 2, 0), why, sizeof why);
         check(bad == -1 && strstr(why, "its header should have"), "safetensors: N = %llu: %s", (unsigned long long)lengths[i], why);
     }
-    check(safetensors_check(write_raw(0x0000080804034b50, "xxxx", 4, 9), why, sizeof why) == -1 && strstr(why, "pickle"), "safetensors: zip: %s", why);
-    check(safetensors_check(write_raw(0x71006371025d0280, "xxxx", 4, 9), why, sizeof why) == -1 && strstr(why, "pickle"), "safetensors: pickle: %s", why);
+    check(safetensors_check(write_raw(0x0000080804034b50, "xxxx", 4, 9), why, sizeof why) == -1 && strstr(why, "pickle"),
+          "safetensors: zip: %s", why);
+    check(safetensors_check(write_raw(0x71006371025d0280, "xxxx", 4, 9), why, sizeof why) == -1 && strstr(why, "pickle"),
+          "safetensors: pickle: %s", why);
     // A header of 100 MB and more is refused for its length even where the file has it.
     const char *sparse = in_folder("sparse.safetensors");
     FILE *f = file_create(sparse);
@@ -390,10 +413,12 @@ static void test_headers(void) {
     check(fseeko(f, 8 + 100000001, SEEK_SET) == 0, "safetensors: seek");
     fputc('x', f);
     fclose(f);
-    check(safetensors_check(sparse, why, sizeof why) == -1 && strstr(why, "its header should have 100000001"), "safetensors: 100 MB header: %s", why);
+    check(safetensors_check(sparse, why, sizeof why) == -1 && strstr(why, "its header should have 100000001"),
+          "safetensors: 100 MB header: %s", why);
     file_remove_tree(sparse);
     check(safetensors_check(folder, why, sizeof why) == -1 && strstr(why, "not a file"), "safetensors: a folder: %s", why);
-    check(safetensors_check(in_folder("none"), why, sizeof why) == -1 && strstr(why, "No such file"), "safetensors: nothing: %s", why);
+    check(safetensors_check(in_folder("none"), why, sizeof why) == -1 && strstr(why, "No such file"),
+          "safetensors: nothing: %s", why);
 }
 
 // Writes one tensor of every type, `seven` in pieces, the order of the types mixed.
@@ -437,16 +462,19 @@ static void test_types(void) {
     memcpy(&header, st->map, 8);
     check(header % 8 == 0 && st->count == DTYPE_COUNT + 3, "safetensors: padding, count");
     check(!strcmp(safetensors_metadata(st, "format"), "pt") && !strcmp(safetensors_metadata(st, "step"), "7") &&
-          !strcmp(safetensors_metadata(st, "curia.config"), "{\"a\": \"\xc3\xa9\n\"}") && !safetensors_metadata(st, "none"), "safetensors: metadata");
+          !strcmp(safetensors_metadata(st, "curia.config"), "{\"a\": \"\xc3\xa9\n\"}") && !safetensors_metadata(st, "none"),
+          "safetensors: metadata");
     for (int d = 0; d < DTYPE_COUNT; d++) {
         const SafeTensor *t = safetensors_find(st, dtype_name((Dtype)d));
         int good = t && t->dtype == (Dtype)d && t->rank == 3 && t->shape[0] == 2 && t->shape[1] == 1 && t->shape[2] == 4 &&
                    t->bytes == (size_t)dtype_bits((Dtype)d) && safetensors_elements(t) == 8;
         for (size_t i = 0; good && i < t->bytes; i++) good = st->map[t->offset + i] == (uint8_t)(i * 37 + 1);
         check(good, "safetensors: round trip of %s", dtype_name((Dtype)d));
-        check(t && (dtype_bits((Dtype)d) < 8 || t->offset % ((size_t)dtype_bits((Dtype)d) / 8) == 0), "safetensors: alignment of %s", dtype_name((Dtype)d));
+        check(t && (dtype_bits((Dtype)d) < 8 || t->offset % ((size_t)dtype_bits((Dtype)d) / 8) == 0),
+              "safetensors: alignment of %s", dtype_name((Dtype)d));
     }
-    const SafeTensor *seven = safetensors_find(st, "seven"), *empty = safetensors_find(st, "empty"), *scalar = safetensors_find(st, "scalar \"\xc3\xa9\\");
+    const SafeTensor *seven = safetensors_find(st, "seven"), *empty = safetensors_find(st, "empty"),
+                     *scalar = safetensors_find(st, "scalar \"\xc3\xa9\\");
     int64_t values[7];
     safetensors_read_i64(st, seven, values);
     check(values[0] == 1 && values[6] == 223, "safetensors: pieces");
@@ -455,7 +483,8 @@ static void test_types(void) {
     safetensors_read_f32(st, empty, &untouched);
     check(untouched == 3, "safetensors: nothing is read from an empty tensor");
     check(scalar && scalar->rank == 0 && scalar->bytes == 4 && safetensors_elements(scalar) == 1, "safetensors: scalar");
-    check(!safetensors_find(st, "") && !safetensors_find(st, "F3") && !safetensors_find(st, "zzz") && !safetensors_find(st, "__metadata__"), "safetensors: find");
+    check(!safetensors_find(st, "") && !safetensors_find(st, "F3") && !safetensors_find(st, "zzz") &&
+          !safetensors_find(st, "__metadata__"), "safetensors: find");
     int sorted = 1;
     for (int i = 1; i < st->count; i++) sorted &= strcmp(st->tensors[i - 1].name, st->tensors[i].name) < 0;
     check(sorted, "safetensors: sorted by name");
@@ -466,8 +495,9 @@ static void test_types(void) {
     safetensors_close(st);
 
     static const char *const refused[][3] = {
-        {"I64", "is I64", "expected F32"}, {"U8", "is U8", "expected F32"}, {"BOOL", "is BOOL", "expected F32"}, {"F32", "is F32", "expected an integer"},
-        {"U64", "is U64", "expected an integer"}, {"C64", "is C64", "expected an integer"}, {"F8_E4M3", "is F8_E4M3", "expected an integer"},
+        {"I64", "is I64", "expected F32"}, {"U8", "is U8", "expected F32"}, {"BOOL", "is BOOL", "expected F32"},
+        {"F32", "is F32", "expected an integer"}, {"U64", "is U64", "expected an integer"},
+        {"C64", "is C64", "expected an integer"}, {"F8_E4M3", "is F8_E4M3", "expected an integer"},
         {"F4", "is F4", "expected an integer"}};
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
         child_tensor = refused[i][0];
@@ -486,13 +516,15 @@ static void write_one(const char *path, const char *name, Dtype dtype, int64_t e
 // 2^-24 times an integer, or a power of two times 1.m: the value of a binary16 from its definition.
 static double f16_by_definition(int bits) {
     int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    double size = exponent == 0 ? ldexp(mantissa, -24) : exponent < 31 ? ldexp(1024 + mantissa, exponent - 25) : mantissa ? NAN : INFINITY;
+    double size = exponent == 0 ? ldexp(mantissa, -24) : exponent < 31 ? ldexp(1024 + mantissa, exponent - 25)
+                  : mantissa ? NAN : INFINITY;
     return bits & 0x8000 ? -size : size;
 }
 
 static double bf16_by_definition(int bits) {
     int exponent = bits >> 7 & 255, mantissa = bits & 127;
-    double size = exponent == 0 ? ldexp(mantissa, -133) : exponent < 255 ? ldexp(128 + mantissa, exponent - 134) : mantissa ? NAN : INFINITY;
+    double size = exponent == 0 ? ldexp(mantissa, -133) : exponent < 255 ? ldexp(128 + mantissa, exponent - 134)
+                  : mantissa ? NAN : INFINITY;
     return bits & 0x8000 ? -size : size;
 }
 
@@ -523,26 +555,30 @@ static void test_values(void) {
     SafeTensors *st = safetensors_open(path);
     safetensors_read_f32(st, safetensors_find(st, "x"), f32);
     safetensors_read_f64(st, safetensors_find(st, "x"), f64);
-    for (int i = 0; i < 10; i++) check(same_number(f64[i], reals[i]) && same_number(f32[i], (float)reals[i]), "safetensors: F64 %g", reals[i]);
+    for (int i = 0; i < 10; i++)
+        check(same_number(f64[i], reals[i]) && same_number(f32[i], (float)reals[i]), "safetensors: F64 %g", reals[i]);
     safetensors_close(st);
     static const float singles[] = {0, -0.0f, 1e-45f, 3.4e38f, INFINITY, 0.1f};
     write_one(path, "x", DTYPE_F32, 6, singles);
     st = safetensors_open(path);
     safetensors_read_f32(st, safetensors_find(st, "x"), f32);
     safetensors_read_f64(st, safetensors_find(st, "x"), f64);
-    for (int i = 0; i < 6; i++) check(same_number(f64[i], singles[i]) && same_number(f32[i], singles[i]), "safetensors: F32 %g", singles[i]);
+    for (int i = 0; i < 6; i++)
+        check(same_number(f64[i], singles[i]) && same_number(f32[i], singles[i]), "safetensors: F32 %g", singles[i]);
     safetensors_close(st);
     static const struct { Dtype dtype; int count; int64_t expected[8]; } integers[] = {
         {DTYPE_I64, 1, {INT64_MAX - 1}}, {DTYPE_I32, 2, {-2, 0x7fffffff}}, {DTYPE_I16, 4, {-2, -1, -1, 0x7fff}},
-        {DTYPE_I8, 8, {-2, -1, -1, -1, -1, -1, -1, 127}}, {DTYPE_U32, 2, {0xfffffffe, 0x7fffffff}}, {DTYPE_U16, 4, {0xfffe, 0xffff, 0xffff, 0x7fff}},
-        {DTYPE_U8, 8, {254, 255, 255, 255, 255, 255, 255, 127}}, {DTYPE_BOOL, 8, {254, 255, 255, 255, 255, 255, 255, 127}}};
+        {DTYPE_I8, 8, {-2, -1, -1, -1, -1, -1, -1, 127}}, {DTYPE_U32, 2, {0xfffffffe, 0x7fffffff}},
+        {DTYPE_U16, 4, {0xfffe, 0xffff, 0xffff, 0x7fff}}, {DTYPE_U8, 8, {254, 255, 255, 255, 255, 255, 255, 127}},
+        {DTYPE_BOOL, 8, {254, 255, 255, 255, 255, 255, 255, 127}}};
     static const uint8_t raw[8] = {0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f};
     for (size_t k = 0; k < sizeof integers / sizeof *integers; k++) {
         int64_t out[8];
         write_one(path, "x", integers[k].dtype, integers[k].count, raw);
         st = safetensors_open(path);
         safetensors_read_i64(st, safetensors_find(st, "x"), out);
-        check(!memcmp(out, integers[k].expected, (size_t)integers[k].count * 8), "safetensors: integers of %s", dtype_name(integers[k].dtype));
+        check(!memcmp(out, integers[k].expected, (size_t)integers[k].count * 8), "safetensors: integers of %s",
+              dtype_name(integers[k].dtype));
         safetensors_close(st);
     }
     // Data that is aligned to nothing (a foreign writer that does not pad) reads the same.
@@ -567,7 +603,8 @@ static void test_damage(void) {
         file_write(f, damaged, whole, cut);
         fclose(f);
         why[0] = 0;
-        check(safetensors_check(damaged, why, sizeof why) == -1 && why[0] && !strchr(why, '\n'), "safetensors: cut to %zu of %zu bytes", cut, bytes);
+        check(safetensors_check(damaged, why, sizeof why) == -1 && why[0] && !strchr(why, '\n'),
+              "safetensors: cut to %zu of %zu bytes", cut, bytes);
     }
     int fd = open(damaged, O_RDWR | O_CREAT | O_TRUNC, 0666), unclear = 0, opened = 0;
     check(write(fd, whole, bytes) == (ssize_t)bytes, "safetensors: write");
@@ -582,7 +619,8 @@ static void test_damage(void) {
                 const SafeTensor *t = &st->tensors[i];
                 static double out[64];
                 unclear += t->offset + t->bytes > st->size || safetensors_elements(t) > 64;
-                if (t->dtype == DTYPE_F32 || t->dtype == DTYPE_F64 || t->dtype == DTYPE_F16 || t->dtype == DTYPE_BF16) safetensors_read_f64(st, t, out);
+                if (t->dtype == DTYPE_F32 || t->dtype == DTYPE_F64 || t->dtype == DTYPE_F16 || t->dtype == DTYPE_BF16)
+                    safetensors_read_f64(st, t, out);
                 if (t->dtype == DTYPE_I64 || t->dtype == DTYPE_U8) safetensors_read_i64(st, t, (int64_t *)out);
             }
             opened += st != NULL;
@@ -635,11 +673,13 @@ static void test_writer_and_models(void) {
     check(run_child(child_writer, "right", text, sizeof text) == 0 && !text[0], "safetensors: writer: %s", text);
     check_fails("safetensors: declared twice", child_writer, "twice", STATUS_FAILED, "w.safetensors", "'a' is declared twice");
     check_fails("safetensors: declared late", child_writer, "late", STATUS_FAILED, "w.safetensors", "'c' is declared after data");
-    check_fails("safetensors: wrong order", child_writer, "order", STATUS_FAILED, "w.safetensors", "8 bytes of tensor 'b', where 'a' needs 8");
+    check_fails("safetensors: wrong order", child_writer, "order", STATUS_FAILED, "w.safetensors",
+                "8 bytes of tensor 'b', where 'a' needs 8");
     check_fails("safetensors: too early", child_writer, "early", STATUS_FAILED, "w.safetensors", "'b', where 'a' needs 4");
     check_fails("safetensors: too much", child_writer, "much", STATUS_FAILED, "w.safetensors", "'a', where 'a' needs 4");
     check_fails("safetensors: one more", child_writer, "more", STATUS_FAILED, "w.safetensors", "'b', where '(the end)'");
-    check_fails("safetensors: missing data", child_writer, "missing", STATUS_FAILED, "w.safetensors", "'b' was not written to its end");
+    check_fails("safetensors: missing data", child_writer, "missing", STATUS_FAILED, "w.safetensors",
+                "'b' was not written to its end");
     check_fails("safetensors: full disk", child_writer, "full", STATUS_FAILED, "/dev/full: ", "No space");
 
     static const float one = 1, two = 2;
@@ -654,14 +694,16 @@ static void test_writer_and_models(void) {
     const SafeTensors *file;
     float value = 0;
     const SafeTensor *t = safetensors_model_find(&m, "b", &file);
-    if (check(m.count == 2 && t && !safetensors_model_find(&m, "c", &(const SafeTensors *){NULL}), "model: shards")) safetensors_read_f32(file, t, &value);
+    if (check(m.count == 2 && t && !safetensors_model_find(&m, "c", &(const SafeTensors *){NULL}), "model: shards"))
+        safetensors_read_f32(file, t, &value);
     check(value == 2, "model: a value of the second shard");
     safetensors_close_model(&m);
     static const char *const bad[][2] = {
         {"{\"weight_map\":{\"a\":\"s1.safetensors\",\"b\":\"s1.safetensors\"}}", "holds tensor 'b', and it does not"},
         {"{\"weight_map\":{\"a\":\"s1.safetensors\",\"b\":\"s3.safetensors\"}}", "s3.safetensors: cannot open it"},
-        {"{\"weight_map\":{\"a\":\"../s1.safetensors\"}}", "entry 0 is not the name"}, {"{\"weight_map\":{\"a\":1}}", "entry 0 is not the name"},
-        {"{\"weight_map\":[]}", "expected an object weight_map"}, {"{", "is not JSON"}};
+        {"{\"weight_map\":{\"a\":\"../s1.safetensors\"}}", "entry 0 is not the name"},
+        {"{\"weight_map\":{\"a\":1}}", "entry 0 is not the name"}, {"{\"weight_map\":[]}", "expected an object weight_map"},
+        {"{", "is not JSON"}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         write_text(index, bad[i][0]);
         check_fails("model: index", child_model, in_folder("model"), STATUS_DATA, "model/", bad[i][1]);
@@ -680,7 +722,8 @@ static void test_writer_and_models(void) {
     write_one(in_folder("model/model.safetensors"), "whole", DTYPE_F32, 1, &one);
     for (int i = 0; i < 2; i++) {
         m = safetensors_open_model(in_folder(i ? "model/model.safetensors" : "model"));
-        check(m.count == 1 && safetensors_model_find(&m, "whole", &file), "model: model.safetensors comes first, and a file will do");
+        check(m.count == 1 && safetensors_model_find(&m, "whole", &file),
+              "model: model.safetensors comes first, and a file will do");
         safetensors_close_model(&m);
     }
 }
@@ -693,17 +736,22 @@ static void test_known_answers(void) {
     uint8_t input[64];
     for (int i = 0; i < 64; i++) input[i] = (uint8_t)i;
     static const struct { size_t bytes; uint64_t hash; } sip[] = {
-        {0, 0x726fdb47dd0e0e31}, {1, 0x74f839c593dc67fd}, {7, 0xab0200f58b01d137}, {8, 0x93f5f5799a932462}, {15, 0xa129ca6149be45e5}, {63, 0x958a324ceb064572}};
+        {0, 0x726fdb47dd0e0e31}, {1, 0x74f839c593dc67fd}, {7, 0xab0200f58b01d137}, {8, 0x93f5f5799a932462},
+        {15, 0xa129ca6149be45e5}, {63, 0x958a324ceb064572}};
     for (size_t i = 0; i < sizeof sip / sizeof *sip; i++)
-        check(siphash(key, input, sip[i].bytes) == sip[i].hash, "siphash of %zu bytes: %016llx", sip[i].bytes, (unsigned long long)siphash(key, input, sip[i].bytes));
+        check(siphash(key, input, sip[i].bytes) == sip[i].hash, "siphash of %zu bytes: %016llx", sip[i].bytes,
+              (unsigned long long)siphash(key, input, sip[i].bytes));
     // Salmon et al., Random123's kat_vectors for philox4x32-10.
     static const struct { uint32_t key[2]; Philox counter, expected; } kat[] = {
         {{0, 0}, {{0, 0, 0, 0}}, {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}},
-        {{0xffffffff, 0xffffffff}, {{0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}}, {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}},
-        {{0xa4093822, 0x299f31d0}, {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}}};
+        {{0xffffffff, 0xffffffff}, {{0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}},
+         {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}},
+        {{0xa4093822, 0x299f31d0}, {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}},
+         {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}}};
     for (size_t i = 0; i < sizeof kat / sizeof *kat; i++) {
         Philox got = philox(kat[i].key[0], kat[i].key[1], kat[i].counter);
-        check(!memcmp(&got, &kat[i].expected, sizeof got), "philox vector %zu: %08x %08x %08x %08x", i, got.word[0], got.word[1], got.word[2], got.word[3]);
+        check(!memcmp(&got, &kat[i].expected, sizeof got), "philox vector %zu: %08x %08x %08x %08x", i, got.word[0], got.word[1],
+              got.word[2], got.word[3]);
     }
 }
 
