@@ -713,8 +713,9 @@ int main(int argc, char **argv) {
                                             {"help", 0, 0, 'h'}, {0}};
     const char *files[1024];
     int count = 0, quick = 0;
+    opterr = 0;
     for (int k; (k = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-        if (k == '?') return STATUS_USAGE;
+        if (k == '?') fail(STATUS_USAGE, "%s: unknown option, or its value is missing; --help lists them", argv[optind - 1]);
         if (k == 'h') {
             printf("usage: test_curia [--golden FILE]... [--device cpu] [--quick]\n"
                    "  --golden FILE   a golden file, or a hf_* folder with expected.safetensors; without it, the built-in tests\n"

@@ -1388,8 +1388,9 @@ static Options parse_options(int argc, char **argv) {
         {"batch-size", 1, 0, 'b'}, {"seed", 1, 0, 'e'}, {"device", 1, 0, 'v'}, {"init", 1, 0, 'i'}, {"resume", 0, 0, 'c'},
         {"print-config", 0, 0, 'p'}, {"help", 0, 0, 'h'}, {0}};
     Options o = {.recipe = "tiny", .device = "auto"};
+    opterr = 0;
     for (int k; (k = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-        if (k == '?') exit(STATUS_USAGE);       // getopt has said why
+        if (k == '?') fail(STATUS_USAGE, "%s: unknown option, or its value is missing; --help lists them", argv[optind - 1]);
         if ((k == 'd' && o.data_count == 256) || ((k == 's' || k == 'b' || k == 'e') && o.set_count == 256))
             fail(STATUS_USAGE, "more than 256 --data or --set options");
         if (k == 'r') o.recipe = optarg;

@@ -1,7 +1,7 @@
 /*
 Matrix multiply on the CPU: blocked, packed, register-tiled with the compiler's vector extension, threads by OpenMP.
 
-  real, REAL_NAME   the number type of the CPU backend: float, or double with -DCURIA_FP64
+  real              the number type of the CPU backend: float, or double with -DCURIA_FP64
   gemm              C (+)= A B (+ bias), any strides, threads inside
   gemm_serial       the same on the calling thread, for attention's many small products
 

@@ -41,6 +41,7 @@ golden() { # PROGRAM: every golden file and folder there is
 have_shared=1
 [ -d "$shared/golden" ] && [ -d "$shared/data" ] || have_shared=
 
+suite 'house rules' dev/test/test_style.sh
 suite 'formats: JSON, safetensors, hashes, random numbers' build/test_formats
 suite 'shards: format, sampler, prefetch' build/test_data
 suite 'gradients by finite differences, invariances' ./test_curia
