@@ -5,7 +5,6 @@ The configuration: one list of keys that makes the parser, the help, the printed
   Config                 the values
   config_set             one "key", "value" pair, checked
   config_from_json       a flat JSON object of keys
-  config_recipe          a named set of values; config_list_recipes prints them
   config_validate        what one key alone cannot show; fills the values that 0 leaves to a rule
   config_print           the table echoed at the start;  config_write_json the same for machines
   config_same_model      the first key in which two configs describe different tensors, or NULL
