@@ -7,7 +7,6 @@ The configuration: one list of keys that makes the parser, the help, the printed
   config_from_json       a flat JSON object of keys
   config_validate        what one key alone cannot show; fills the values that 0 leaves to a rule
   config_print           the table echoed at the start;  config_write_json the same for machines
-  config_same_model      the first key in which two configs describe different tensors, or NULL
 */
 #ifndef CURIA_CONFIG_H
 #define CURIA_CONFIG_H
@@ -300,21 +299,6 @@ static inline void config_validate(Config *c, const char *source) {
              c->optim_micro_batch);
     if (!c->model_ffn_hidden) c->model_ffn_hidden = ffn_hidden_rule(c->model_dim, c->model_ffn);
     if (!c->model_pos_grid) c->model_pos_grid = c->crops_global_size / c->model_patch;
-}
-
-// The first key that changes the list of tensors or their shapes and differs between a and b, or NULL.
-static inline const char *config_same_model(const Config *a, const Config *b) {
-    static const char *const shape_keys[] = {
-        "model.dim", "model.depth", "model.heads", "model.patch", "model.channels", "model.ffn", "model.ffn_hidden",
-        "model.registers", "model.pos_grid", "dino.prototypes", "dino.bottleneck", "dino.hidden", "dino.layers",
-        "ibot.separate_head", "ibot.prototypes", "ibot.bottleneck", "ibot.hidden", "ibot.layers"};
-    for (size_t i = 0; i < sizeof shape_keys / sizeof *shape_keys; i++) {
-        char x[256], y[256];
-        config_format(a, config_find(shape_keys[i]), x);
-        config_format(b, config_find(shape_keys[i]), y);
-        if (strcmp(x, y)) return shape_keys[i];
-    }
-    return NULL;
 }
 
 #endif

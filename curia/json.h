@@ -61,7 +61,7 @@ static inline void json_skip_space(JsonParser *p) {
     while (p->text[p->at] == ' ' || p->text[p->at] == '\n' || p->text[p->at] == '\t' || p->text[p->at] == '\r') p->at++;
 }
 
-// The value of "\uXXXX" at s, or -1.
+// The value of four hexadecimal digits after "\u" at s, or -1.
 static inline int json_escaped_unit(const char *s) {
     if (s[0] != '\\' || s[1] != 'u') return -1;
     int unit = 0;
