@@ -11,6 +11,7 @@ A line per comparison; the last line is "N passed, N failed", and the exit statu
 #include <getopt.h>
 #include "curia/checkpoint.h"
 #include "curia/resize.h"
+#include "curia/views.h"
 
 static int passed, failed;
 
@@ -674,6 +675,41 @@ static void test_tables(void) {
     check("weight decay half way", fabs(schedule_at(&c, 62500).weight_decay - 0.22), 1e-12);
 }
 
+// Crops lie inside their slice, near the anatomy for a narrow prior and anywhere for a wide one; masks have the exact number
+// of patches, and keep to the anatomy too.
+static void test_views(void) {
+    enum { DRAWS = 20000, CELLS = 61 };
+    Config c = config_default();
+    ShardSlice s = {.rows = 100, .cols = 80, .centre_row = 30, .centre_col = 55, .spread_row = 20, .spread_col = 10};
+    int outside = 0, wrong_count = 0;
+    double centre_row = 0, centre_col = 0, wide[CELLS] = {0}, far = 0, mask_row = 0;
+    for (int i = 0; i < DRAWS; i++) {
+        Rng r = rng_at(1, RNG_TEST, 5, (uint64_t)i, 0);
+        c.crops_prior_sigma = 1;
+        View v = draw_crop(&r, &c, &s, c.crops_local_scale_min, c.crops_local_scale_max);
+        outside += v.top < 0 || v.left < 0 || v.height < 1 || v.width < 1 || v.top + v.height > s.rows || v.left + v.width > s.cols;
+        c.crops_prior_sigma = 0.05;
+        v = draw_crop(&r, &c, &s, 0.05, 0.1);
+        centre_row += (v.top + 0.5 * v.height) / DRAWS;
+        centre_col += (v.left + 0.5 * v.width) / DRAWS;
+        wide[draw_position(&r, 40, 100, PRIOR_GAUSSIAN, 10, 1e6)]++;
+        int g = 2 + i % 14, count = (int)rng_below(&r, (uint64_t)(g * g) + 1), found = 0;
+        uint8_t mask[15 * 15] = {0};
+        draw_mask(&r, mask, g, count, i & 1, 0.3 * g, 0.6 * g, 0.1 * g, 0.1 * g);
+        for (int k = 0; k < g * g; k++) found += mask[k];
+        wrong_count += found != count;
+        uint8_t near[14 * 14] = {0};
+        draw_mask(&r, near, 14, 20, PRIOR_GAUSSIAN, 10, 3, 1, 1);
+        for (int k = 0; k < 14 * 14; k++) if (near[k]) mask_row += (k / 14 + 0.5) / (20.0 * DRAWS);
+    }
+    for (int i = 0; i < CELLS; i++) far += pow(wide[i] - DRAWS / (double)CELLS, 2) / (DRAWS / (double)CELLS);
+    check("crops outside their slice", outside, 0);
+    check("narrow prior: distance of the mean crop centre from the anatomy's, pixels", hypot(centre_row - 30, centre_col - 55), 0.2);
+    check("wide prior is uniform: chi-square with 60 degrees of freedom", far, 107);      // its 0.9998 quantile
+    check("masks with another number of patches than asked for", wrong_count, 0);
+    check("masks lie where the prior is: mean row beyond 9 of 14", fmax(0, 9 - mask_row), 0);
+}
+
 // Raw slices to views: a crop at its own size is the slice, z-scored; a flip mirrors it; statistics are the slice's.
 static void test_pixels(const Backend *backend) {
     enum { ROWS = 20, COLS = 24, SIZE = 8, TOP = 5, LEFT = 9 };
@@ -735,6 +771,7 @@ int main(int argc, char **argv) {
         test_vecmath();
         test_resize_adjoint();
         test_tables();
+        test_views();
         test_pixels(&cpu_backend);
         test_threads(&cpu_backend);
 #ifdef _OPENMP
