@@ -58,7 +58,7 @@ static inline void hf_read_config(const char *dir, Config *c) {
         {"model.channels", hf_number(o, dir, "num_channels", 3)}, {"model.pos_grid", floor(image / patch)},
         {"model.registers", registers ? hf_number(o, dir, "num_register_tokens", 4) : 0},
         {"model.layerscale", hf_number(o, dir, "layerscale_value", 1)}, {"model.drop_path", hf_number(o, dir, "drop_path_rate", 0)},
-        {"crops.global_size", floor(image / patch) * patch}};
+        {"model.init_std", hf_number(o, dir, "initializer_range", 0.02)}, {"crops.global_size", floor(image / patch) * patch}};
     for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
         snprintf(value, sizeof value, "%.17g", values[i].value);
         config_set(c, values[i].key, value, path);
@@ -175,11 +175,11 @@ static inline void hf_write(const Backend *backend, Model *m, const TensorTable 
     fprintf(f, "{\n  \"apply_layernorm\": true,\n  \"architectures\": [\"%s\"],\n  \"attention_probs_dropout_prob\": 0.0,\n"
                "  \"drop_path_rate\": %.10g,\n  \"dtype\": \"float32\",\n  \"hidden_act\": \"gelu\",\n"
                "  \"hidden_dropout_prob\": 0.0,\n  \"hidden_size\": %lld,\n  \"image_size\": %lld,\n"
-               "  \"initializer_range\": 0.02,\n  \"layer_norm_eps\": 1e-06,\n  \"layerscale_value\": %.10g,\n"
+               "  \"initializer_range\": %.10g,\n  \"layer_norm_eps\": 1e-06,\n  \"layerscale_value\": %.10g,\n"
                "  \"mlp_ratio\": %.17g,\n  \"model_type\": \"%s\",\n  \"num_attention_heads\": %lld,\n"
                "  \"num_channels\": %lld,\n  \"num_hidden_layers\": %lld,\n",
             registers ? "Dinov2WithRegistersModel" : "Dinov2Model", c->model_drop_path, c->model_dim,
-            c->model_pos_grid * c->model_patch, c->model_layerscale, ratio, registers ? "dinov2_with_registers" : "dinov2",
+            c->model_pos_grid * c->model_patch, c->model_init_std, c->model_layerscale, ratio, registers ? "dinov2_with_registers" : "dinov2",
             c->model_heads, c->model_channels, c->model_depth);
     if (registers) fprintf(f, "  \"num_register_tokens\": %lld,\n", c->model_registers);
     fprintf(f, "  \"patch_size\": %lld,\n  \"qkv_bias\": true,\n  \"use_mask_token\": true,\n  \"use_swiglu_ffn\": %s\n}\n",
