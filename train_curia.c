@@ -1474,7 +1474,7 @@ static const char *phantom_data(void) {
         fprintf(stderr, "no --data given: making the phantom's shards in %s\n", PHANTOM_DIR);
         file_make_dirs("data");
         file_remove_tree(temporary);
-        phantom_make_default(temporary, 1);
+        phantom_make_sets(temporary, PHANTOM_SEED, PHANTOM_PATIENTS);
         file_rename(temporary, PHANTOM_DIR);
     }
     return made;

@@ -47,14 +47,14 @@ typedef struct { const char *name, *meaning; RecipeValue values[64]; } Recipe;
 static const Recipe recipes[] = {
     {"tiny", "ours: the default; learns the phantom in two to three minutes on two cores", {
         {"model.dim", "128", "ours"}, {"model.depth", "4", "ours"}, {"model.heads", "2", "ours"}, {"model.patch", "8", "ours"},
-        {"model.layerscale", "1", "ours"}, {"model.init_std", "0.08", "ours"}, {"crops.global_size", "64", "ours"},
-        {"crops.local_size", "32", "ours"}, {"crops.local_count", "4", "ours"}, {"crops.global_scale_min", "0.4", "ours"},
+        {"model.layerscale", "1", "ours"}, {"model.init_std", "0.08", "ours"}, {"crops.global_size", "48", "ours"},
+        {"crops.local_size", "24", "ours"}, {"crops.local_count", "4", "ours"}, {"crops.global_scale_min", "0.4", "ours"},
         {"crops.local_scale_min", "0.1", "ours"}, {"crops.local_scale_max", "0.4", "ours"}, {"crops.blur", "0", "ours"},
         {"mask.probability", "0.3", "ours"}, {"dino.prototypes", "128", "ours"}, {"dino.bottleneck", "64", "ours"},
         {"dino.hidden", "256", "ours"}, {"ibot.weight", "0.5", "ours"}, {"koleo.weight", "0.1", "ours"},
         {"sigreg.weight", "0.3", "ours"}, {"sigreg.slices", "256", "ours"}, {"teacher.temp", "0.025", "ours"},
         {"teacher.warmup_temp", "0.025", "ours"}, {"teacher.momentum", "0.98", "ours"}, {"optim.lr", "7e-4", "ours"},
-        {"optim.scaling", "none", "ours"}, {"optim.warmup_steps", "50", "ours"}, {"optim.steps", "900", "ours"},
+        {"optim.scaling", "none", "ours"}, {"optim.warmup_steps", "50", "ours"}, {"optim.steps", "1300", "ours"},
         {"optim.batch_size", "32", "ours"}, {"optim.layer_decay", "1", "ours"}, {"optim.patch_embed_lr", "1", "ours"},
         {"optim.weight_decay_end", "0.1", "ours"}, {"run.save_every", "300", "ours"}}},
     {"curia2-b", "Curia-2, ViT-B/16, first stage", {

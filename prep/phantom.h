@@ -2,7 +2,7 @@
 The phantom: CT and MR slices of made-up patients, from a seed, with nothing but a C compiler.
 
   phantom_make           writes one folder of shards for a range of patients
-  phantom_make_default   writes DIR/train and DIR/eval, with no patient in both
+  phantom_make_sets      writes DIR/train and DIR/eval, with no patient in both
   phantom_classes        the class names: head, neck, thorax, abdomen, pelvis, limb
 
 A patient is an implicit body: for any point (x, y, z) in mm it says which tissue is there. An outline (a superellipse whose
@@ -739,14 +739,16 @@ static inline void phantom_make(const char *dir, uint64_t seed, int patients, in
     shard_writer_close(&w, phantom_classes);
 }
 
-// DIR/train with 60 patients and DIR/eval with 40 others: about 3000 slices. Makes DIR. Fails with status 1.
-static inline void phantom_make_default(const char *dir, uint64_t seed) {
+enum { PHANTOM_PATIENTS = 150, PHANTOM_SEED = 1 };     // the default set: about 7500 slices
+
+// DIR/train with `patients` patients and DIR/eval with two thirds as many others. Makes DIR. Fails with status 1.
+static inline void phantom_make_sets(const char *dir, uint64_t seed, int patients) {
     char path[4096];
     if (mkdir(dir, 0777) && errno != EEXIST) fail(STATUS_FAILED, "%s: cannot be made: %s", dir, strerror(errno));
     snprintf(path, sizeof path, "%s/train", dir);
-    phantom_make(path, seed, 60, 0);
+    phantom_make(path, seed, patients, 0);
     snprintf(path, sizeof path, "%s/eval", dir);
-    phantom_make(path, seed, 40, 60);
+    phantom_make(path, seed, patients * 2 / 3, patients);
 }
 
 #endif

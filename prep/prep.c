@@ -44,8 +44,8 @@ static const char help[] =
     "      --salt-file FILE     key of the patient and volume ids; without it the key is public, and whoever guesses a file's\n"
     "                           name can find its id\n"
     "      --shard-size MB      start a new shard beyond this (default 512)\n"
-    "      --seed N             of the phantom (default 1337)\n"
-    "      --patients N         of the phantom: N in DIR/train and 2N/3 in DIR/eval (default 60)\n"
+    "      --seed N             of the phantom (default 1)\n"
+    "      --patients N         of the phantom: N in DIR/train and 2N/3 in DIR/eval (default 150)\n"
     "  -h, --help\n"
     "\n"
     "Exit status: 0 done; 1 failed while running; 2 command line; 3 nothing usable, or an INPUT named as a file was not usable.\n";
@@ -112,7 +112,7 @@ static Options parse_options(int argc, char **argv) {
     static const char *const modalities[] = {"auto", "ct", "mr"},
                              *const planes[] = {"axial", "coronal", "sagittal", "native", "all"},
                              *const fourd[] = {"first", "mid", "all"};
-    Options o = {.planes = PLANES_NATIVE, .seed = 1337, .patients = 60, .shard_bytes = (uint64_t)512 << 20,
+    Options o = {.planes = PLANES_NATIVE, .seed = PHANTOM_SEED, .patients = PHANTOM_PATIENTS, .shard_bytes = (uint64_t)512 << 20,
                  .salt = {0x63757269612e6331, 0x7075626c69632073}};
     opterr = 0;
     for (int c; (c = getopt_long(argc, argv, "o:h", table, NULL)) != -1;) {
@@ -748,16 +748,10 @@ static void show_info(char **arguments, int n) {
 }
 
 static void make_phantom(const Options *o) {
-    char path[4096];
     double start = seconds_now();
-    if (mkdir(o->out, 0777) && errno != EEXIST) fail(STATUS_FAILED, "%s: cannot be made: %s", o->out, strerror(errno));
-    int held_out = o->patients * 2 / 3;
-    snprintf(path, sizeof path, "%s/train", o->out);
-    phantom_make(path, o->seed, o->patients, 0);
-    snprintf(path, sizeof path, "%s/eval", o->out);
-    phantom_make(path, o->seed, held_out, o->patients);
-    fprintf(stderr, "%d phantom patients in %s/train and %d others in %s/eval, %.1f s\n", o->patients, o->out, held_out, o->out,
-            seconds_now() - start);
+    phantom_make_sets(o->out, o->seed, o->patients);
+    fprintf(stderr, "%d phantom patients in %s/train and %d others in %s/eval, %.1f s\n", o->patients, o->out, o->patients * 2 / 3,
+            o->out, seconds_now() - start);
 }
 
 int main(int argc, char **argv) {
