@@ -5,7 +5,7 @@ Checkpoints (DESIGN 7) and Hugging Face folders (INTEROP 4).
   hf_read_weights      its weights into a model
   hf_write             such a folder: AutoModel.from_pretrained loads it as it is
   RunState             what a run needs besides tensors to go on bit for bit
-  checkpoint_begin     clears a run's folder of what a killed process left half-written
+  checkpoint_begin     takes a run's folder for this process and clears what a killed one left half-written
   checkpoint_save      DIR/step-00000500: written under a temporary name, synced, renamed; older ones beyond run.keep removed
   checkpoint_newest    the newest whole one in a run's folder, or none
   checkpoint_load      tensors and state back; every file's checksum is verified first
@@ -17,6 +17,7 @@ optimizer.safetensors (AdamW moments, the teacher's heads, centres) and state.js
 #ifndef CURIA_CHECKPOINT_H
 #define CURIA_CHECKPOINT_H
 
+#include <sys/file.h>
 #include "backend.h"
 #include "hash.h"
 
@@ -265,14 +266,17 @@ static char checkpoint_unfinished[PATH_SIZE];
 
 static inline void checkpoint_discard(void) { if (*checkpoint_unfinished) file_remove_tree(checkpoint_unfinished); }
 
-// To be called once before the first checkpoint_save of a run: removes what a killed process left half-written.
+// To be called once before the first checkpoint_save of a run: takes the folder for this process, until it ends, and removes
+// what a killed one left half-written. Two processes in one folder would undo each other's work: the second ends with status 1.
 static inline void checkpoint_begin(const char *out) {
+    char path[PATH_SIZE];
+    int lock = open(path_join(path, out, ".lock"), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+    if (lock < 0) fail(STATUS_FAILED, "%s: cannot create it: %s", path, strerror(errno));
+    if (flock(lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) fail(STATUS_FAILED, "%s: another process is training in this folder", out);
     atexit(checkpoint_discard);
     DIR *d = opendir(out);
-    for (struct dirent *e; d && (e = readdir(d));) {
-        char path[PATH_SIZE];
+    for (struct dirent *e; d && (e = readdir(d));)
         if (!strncmp(e->d_name, ".writing-", 9)) file_remove_tree(path_join(path, out, e->d_name));
-    }
     if (d) closedir(d);
 }
 

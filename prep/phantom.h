@@ -12,12 +12,20 @@ given an intensity per tissue, a bias field, blur and noise.
 
 What tells the regions apart is the anatomy. What does not (size, field of view, rotation, contrast, fat, arms, noise, and
 CT or MR, which share the six labels) is drawn at random, and strongly, so that likeness of pixels says little about the region.
-One build on one kind of machine gives the same bytes for a seed; another compiler or mathematics library may round otherwise.
+A seed gives the same bytes whatever the compiler's flags; only another mathematics library may round otherwise.
 */
 #ifndef CURIA_PHANTOM_H
 #define CURIA_PHANTOM_H
 
 #include "anatomy.h"
+
+// Multiplications and additions are rounded one by one, so that every program that includes this gives the same bytes.
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
 
 static const char *const phantom_classes = "head\nneck\nthorax\nabdomen\npelvis\nlimb\n";
 enum { REGION_HEAD, REGION_NECK, REGION_THORAX, REGION_ABDOMEN, REGION_PELVIS, REGION_LIMB, PHANTOM_REGIONS };
@@ -750,5 +758,9 @@ static inline void phantom_make_sets(const char *dir, uint64_t seed, int patient
     snprintf(path, sizeof path, "%s/eval", dir);
     phantom_make(path, seed, patients * 2 / 3, patients);
 }
+
+#ifndef __clang__
+#pragma GCC pop_options
+#endif
 
 #endif

@@ -81,8 +81,10 @@ same_tree 'a resumed fresh run is a run' whole/step-00000020 fresh/step-00000020
 OMP_NUM_THREADS=1 train $small --data phantom --out one --steps 5 2> err
 OMP_NUM_THREADS=2 train $small --data phantom --out two --steps 5 2> err
 same_tree 'one thread and two' one/step-00000005 two/step-00000005
-train $small --data phantom --out killed 2> err &
+"$bin/train_curia" $small --data phantom --out killed 2> err &
 while [ ! -d killed/step-00000005 ]; do sleep 0.02; done
+kill -STOP $!
+expect 1 'another process' 'two processes in one folder' train --data phantom --out killed --resume
 kill -9 $!
 wait 2> /dev/null
 expect 0 'done after step 20' 'resume after kill -9' train --data phantom --out killed --resume
