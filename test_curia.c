@@ -540,7 +540,8 @@ static void test_threads(const Backend *backend) {
 #ifdef _OPENMP
     static const Case k = {"threads", {"model.dim=128", "model.ffn=swiglu", "model.ffn_hidden=344", "model.drop_path=0.3",
                                        "dino.prototypes=300", "ibot.separate_head=1", "koleo.weight=0.1", "sigreg.weight=0.1",
-                                       "gram.weight=0.2", "optim.lr=0.01", "teacher.momentum=0.9", "optim.batch_size=5"}};
+                                       "gram.weight=0.2", "optim.lr=0.01", "optim.clip=0.01", "teacher.momentum=0.9",
+                                       "optim.batch_size=5"}};
     Config c = case_config(&k);
     TensorTable t = tensors_build(&c, 1);
     RandomBatch batch = random_batch(&c, 3);

@@ -82,7 +82,7 @@ OMP_NUM_THREADS=1 train $small --data phantom --out one --steps 5 2> err
 OMP_NUM_THREADS=2 train $small --data phantom --out two --steps 5 2> err
 same_tree 'one thread and two' one/step-00000005 two/step-00000005
 "$bin/train_curia" $small --data phantom --out killed 2> err &
-while [ ! -d killed/step-00000005 ]; do sleep 0.02; done
+for i in $(seq 1000); do [ -d killed/step-00000005 ] || sleep 0.02; done
 kill -STOP $!
 expect 1 'another process' 'two processes in one folder' train --data phantom --out killed --resume
 kill -9 $!
