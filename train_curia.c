@@ -1602,6 +1602,8 @@ int main(int argc, char **argv) {
     if (c.gram_weight > 0)
         fail(STATUS_USAGE, "gram.weight=%g: training has no Gram teacher yet; the loss takes targets from golden files only", c.gram_weight);
 
+    if (!hf_ratio(&c))
+        warn("model.ffn_hidden=%lld is no whole mlp_ratio of transformers: it will not load the checkpoints' teacher/", c.model_ffn_hidden);
     if (!o.data_count) o.data[o.data_count++] = phantom_data();
     Dataset *data = dataset_open(o.data, o.data_count);
     set_weights(data, &c, o.data_count);

@@ -3,6 +3,7 @@ Checkpoints (DESIGN 7) and Hugging Face folders (INTEROP 4).
 
   hf_read_config       config.json of a Dinov2 folder, and preprocessor_config.json where there is one
   hf_read_weights      its weights into a model
+  hf_ratio             whether transformers can express a config's feed-forward width
   hf_write             such a folder: AutoModel.from_pretrained loads it as it is
   RunState             what a run needs besides tensors to go on bit for bit
   checkpoint_begin     takes a run's folder for this process and clears what a killed one left half-written
@@ -66,8 +67,10 @@ static inline void hf_read_config(const char *dir, Config *c) {
     }
     config_set(c, "model.ffn", swiglu ? "swiglu" : "mlp", path);
     config_set(c, "model.interpolate", registers ? "antialias" : "size", path);
-    long long hidden = (long long)(c->model_dim * hf_number(o, dir, "mlp_ratio", 4));
-    c->model_ffn_hidden = swiglu ? (hidden * 2 / 3 + 7) / 8 * 8 : hidden;
+    double hidden = floor((double)c->model_dim * hf_number(o, dir, "mlp_ratio", 4));
+    if (swiglu) hidden = floor((floor(hidden * 2 / 3) + 7) / 8) * 8;
+    snprintf(value, sizeof value, "%.17g", hf_number(o, dir, "curia_ffn_hidden", hidden));
+    config_set(c, "model.ffn_hidden", value, path);
     json_free(o);
     path_join(path, dir, "preprocessor_config.json");
     if (file_exists(path)) {
@@ -160,28 +163,41 @@ static inline void list_free(TensorList *l) {
     free(l->shapes);
 }
 
+// The whole mlp_ratio from which transformers derives model.ffn_hidden, or 0 where there is none.
+static inline int hf_ratio(const Config *c) {
+    for (int ratio = 1; ratio <= 64; ratio++) {
+        long long hidden = c->model_dim * ratio;
+        if (c->model_ffn_hidden == (c->model_ffn == FFN_SWIGLU ? (hidden * 2 / 3 + 7) / 8 * 8 : hidden)) return ratio;
+    }
+    return 0;
+}
+
+// "key": x as a floating-point number of JSON, never as an integer: transformers checks the types of its config.
+static inline void json_write_real(FILE *f, const char *key, double x) {
+    char text[64];
+    snprintf(text, sizeof text, "%.15g", x);
+    fprintf(f, "  \"%s\": %s%s,\n", key, text, strpbrk(text, ".e") ? "" : ".0");
+}
+
 // `prefix` ("teacher." or "student.") as a Hugging Face folder: config.json, model.safetensors, preprocessor_config.json.
 static inline void hf_write(const Backend *backend, Model *m, const TensorTable *t, const Config *c, const char *dir,
                             const char *prefix) {
     char path[PATH_SIZE];
     file_make_dirs(dir);
     int registers = c->model_registers > 0, swiglu = c->model_ffn == FFN_SWIGLU;
-    long long ratio_hidden = ffn_hidden_rule(c->model_dim, (int)c->model_ffn);
-    // transformers derives F from mlp_ratio: any ratio that its rule turns into F will do
-    double ratio = ratio_hidden == c->model_ffn_hidden
-                       ? 4
-                       : (swiglu ? 1.5 : 1) * (double)c->model_ffn_hidden / (double)c->model_dim;
     path_join(path, dir, "config.json");
     FILE *f = file_create(path);
     fprintf(f, "{\n  \"apply_layernorm\": true,\n  \"architectures\": [\"%s\"],\n  \"attention_probs_dropout_prob\": 0.0,\n"
-               "  \"drop_path_rate\": %.10g,\n  \"dtype\": \"float32\",\n  \"hidden_act\": \"gelu\",\n"
-               "  \"hidden_dropout_prob\": 0.0,\n  \"hidden_size\": %lld,\n  \"image_size\": %lld,\n"
-               "  \"initializer_range\": %.10g,\n  \"layer_norm_eps\": 1e-06,\n  \"layerscale_value\": %.10g,\n"
-               "  \"mlp_ratio\": %.17g,\n  \"model_type\": \"%s\",\n  \"num_attention_heads\": %lld,\n"
-               "  \"num_channels\": %lld,\n  \"num_hidden_layers\": %lld,\n",
-            registers ? "Dinov2WithRegistersModel" : "Dinov2Model", c->model_drop_path, c->model_dim,
-            c->model_pos_grid * c->model_patch, c->model_init_std, c->model_layerscale, ratio, registers ? "dinov2_with_registers" : "dinov2",
-            c->model_heads, c->model_channels, c->model_depth);
+               "  \"dtype\": \"float32\",\n  \"hidden_act\": \"gelu\",\n  \"hidden_dropout_prob\": 0.0,\n"
+               "  \"hidden_size\": %lld,\n  \"image_size\": %lld,\n  \"layer_norm_eps\": 1e-06,\n  \"model_type\": \"%s\",\n"
+               "  \"num_attention_heads\": %lld,\n  \"num_channels\": %lld,\n  \"num_hidden_layers\": %lld,\n",
+            registers ? "Dinov2WithRegistersModel" : "Dinov2Model", c->model_dim, c->model_pos_grid * c->model_patch,
+            registers ? "dinov2_with_registers" : "dinov2", c->model_heads, c->model_channels, c->model_depth);
+    json_write_real(f, "drop_path_rate", c->model_drop_path);
+    json_write_real(f, "initializer_range", c->model_init_std);
+    json_write_real(f, "layerscale_value", c->model_layerscale);
+    // transformers derives F from a whole mlp_ratio; where none gives this F only our own key does
+    fprintf(f, "  \"mlp_ratio\": %d,\n  \"curia_ffn_hidden\": %lld,\n", hf_ratio(c) ? hf_ratio(c) : 4, c->model_ffn_hidden);
     if (registers) fprintf(f, "  \"num_register_tokens\": %lld,\n", c->model_registers);
     fprintf(f, "  \"patch_size\": %lld,\n  \"qkv_bias\": true,\n  \"use_mask_token\": true,\n  \"use_swiglu_ffn\": %s\n}\n",
             c->model_patch, swiglu ? "true" : "false");
