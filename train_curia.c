@@ -275,7 +275,7 @@ struct Model {
     BlockActs *blocks;
     real *x, *norm_hat, *norm_rstd, *norm_out;      // [rows,D]: residual stream; final norm
     real *teacher_out;                              // [2B T,D]
-    real *hidden, *act;                             // [rows,D] [rows,F or 2F]: within a block
+    real *hidden, *act;                             // [rows,D] [rows,F]: within a block
     real *dx, *dnorm, *dbranch, *dhidden, *dqkv, *dact;
     real *attention_scratch;
     size_t attention_stride;

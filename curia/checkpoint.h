@@ -184,7 +184,7 @@ static inline void hf_write(const Backend *backend, Model *m, const TensorTable 
                             const char *prefix) {
     char path[PATH_SIZE];
     file_make_dirs(dir);
-    int registers = c->model_registers > 0, swiglu = c->model_ffn == FFN_SWIGLU;
+    int registers = c->model_registers > 0, swiglu = c->model_ffn == FFN_SWIGLU, ratio = hf_ratio(c);
     path_join(path, dir, "config.json");
     FILE *f = file_create(path);
     fprintf(f, "{\n  \"apply_layernorm\": true,\n  \"architectures\": [\"%s\"],\n  \"attention_probs_dropout_prob\": 0.0,\n"
@@ -197,7 +197,7 @@ static inline void hf_write(const Backend *backend, Model *m, const TensorTable 
     json_write_real(f, "initializer_range", c->model_init_std);
     json_write_real(f, "layerscale_value", c->model_layerscale);
     // transformers derives F from a whole mlp_ratio; where none gives this F only our own key does
-    fprintf(f, "  \"mlp_ratio\": %d,\n  \"curia_ffn_hidden\": %lld,\n", hf_ratio(c) ? hf_ratio(c) : 4, c->model_ffn_hidden);
+    fprintf(f, "  \"mlp_ratio\": %d,\n  \"curia_ffn_hidden\": %lld,\n", ratio ? ratio : 4, c->model_ffn_hidden);
     if (registers) fprintf(f, "  \"num_register_tokens\": %lld,\n", c->model_registers);
     fprintf(f, "  \"patch_size\": %lld,\n  \"qkv_bias\": true,\n  \"use_mask_token\": true,\n  \"use_swiglu_ffn\": %s\n}\n",
             c->model_patch, swiglu ? "true" : "false");

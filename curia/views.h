@@ -109,7 +109,7 @@ typedef struct {
     View *views;            // [2B + VB]
     uint8_t *mask;          // [2B, N]
     int *drop[2][2];        // [depth, kept]
-    int *scratch;           // [VB or 2B]
+    int *scratch;           // [2B + VB]
     float *directions;      // [M, Dz]
 } StepInput;
 
