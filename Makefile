@@ -16,29 +16,42 @@ else
 OPENMP := -fopenmp-simd -Wno-unknown-pragmas
 endif
 HASH := \#
-ifeq ($(call compiles,'$(HASH)include <nifti2_io.h>' 'int main(void){return 0;}',-I/usr/include/nifti,-lnifti2 -lznz -lz -lm),yes)
-NIFTI := -DCURIA_NIFTI -I/usr/include/nifti
-NIFTI_LIBS := -lnifti2 -lznz -lz
+found_in = $(call compiles,'$(HASH)include <$(1)>' 'int main(void){return 0;}',$(2),$(3))
+ifeq ($(call found_in,nifti2_io.h,-I/usr/include/nifti,-lnifti2 -lznz -lz -lm)$(call found_in,isa-l.h,,-lisal),yesyes)
+VOLUMES := -DCURIA_VOLUMES -I/usr/include/nifti
+VOLUMES_LIBS := -lnifti2 -lznz -lz -lisal
+endif
+ifeq ($(call found_in,png.h,,-lpng),yes)
+PNG := -DCURIA_PNG
+PNG_LIBS := -lpng
+endif
+GDCM := $(lastword $(sort $(wildcard /usr/include/gdcm-*)))
+ifneq ($(GDCM),)
+DICOM := -DCURIA_DICOM
+DICOM_LIBS := -lgdcmMSFF -lgdcmDSED -lgdcmCommon -lz -lstdc++
 endif
 
 PROGRAMS := train_curia evaluate test_curia prep/prep
-TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate
+TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate $(BUILD)/fuzz_prep
 HEADERS := $(wildcard *.h curia/*.h prep/*.h)
-PACKAGES := libnifti2-dev zlib1g-dev
+PACKAGES := g++ libgdcm-dev libnifti2-dev libisal-dev zlib1g-dev libpng-dev
 
-.PHONY: all found deps run test tests clean
+.PHONY: all found deps run test tests fuzz clean
 all: found $(addprefix $(PREFIX),$(PROGRAMS))
 
 found:
 	@echo "compiler: $(CC)"
 	@echo "OpenMP:   $(if $(filter -fopenmp,$(OPENMP)),yes,no: one thread; get it with libgomp (Debian: part of gcc))"
-	@echo "NIfTI:    $(if $(NIFTI),yes,no: prep makes the phantom only; get it with 'make deps' (Debian: libnifti2-dev))"
+	@echo "DICOM:    $(if $(DICOM),yes,no: prep refuses it; get it with 'make deps' (Debian: g++ libgdcm-dev))"
+	@echo "NIfTI, NRRD, MetaImage: $(if $(VOLUMES),yes,no: prep refuses them; get them with 'make deps' (Debian: libnifti2-dev libisal-dev zlib1g-dev))"
+	@echo "previews: $(if $(PNG),yes,no: prep draws none; get them with 'make deps' (Debian: libpng-dev))"
 	@echo "CUDA:     no: this version has the CPU backend only"
 
 # Everything is rebuilt when the compiler or its flags change.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
-	@echo '$(CC) $(ALL_CFLAGS) $(NIFTI)' | cmp -s - $@ || echo '$(CC) $(ALL_CFLAGS) $(NIFTI)' > $@
+	@echo '$(CC) $(CXX) $(ALL_CFLAGS) $(DICOM) $(VOLUMES) $(PNG)' | cmp -s - $@ || \
+		echo '$(CC) $(CXX) $(ALL_CFLAGS) $(DICOM) $(VOLUMES) $(PNG)' > $@
 FORCE:
 
 $(BUILD)/backend.o: train_curia.c $(HEADERS) $(BUILD)/flags
@@ -51,12 +64,22 @@ $(PREFIX)evaluate: evaluate.c $(BUILD)/backend.o $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $< $(BUILD)/backend.o -o $@ $(LDLIBS)
 $(PREFIX)test_curia: test_curia.c $(BUILD)/backend.o $(BUILD)/backend_fp64.o $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) $< $(BUILD)/backend.o $(BUILD)/backend_fp64.o -o $@ $(LDLIBS)
-$(PREFIX)prep/prep: prep/prep.c $(HEADERS) $(BUILD)/flags
+$(BUILD)/dicom.o: prep/dicom.cc prep/dicom.h $(BUILD)/flags
+	$(CXX) -std=gnu++17 $(CFLAGS) $(WARNINGS) $(SANITIZE) $(DICOM) -I. -isystem $(GDCM) -c $< -o $@
+$(PREFIX)prep/prep: prep/prep.c $(HEADERS) $(if $(DICOM),$(BUILD)/dicom.o) $(BUILD)/flags
 	@mkdir -p $(dir $@)
-	$(CC) $(ALL_CFLAGS) $(NIFTI) $< -o $@ $(NIFTI_LIBS) $(LDLIBS)
+	$(CC) $(ALL_CFLAGS) $(DICOM) $(VOLUMES) $(PNG) $< $(if $(DICOM),$(BUILD)/dicom.o) -o $@ $(DICOM_LIBS) $(VOLUMES_LIBS) $(PNG_LIBS) $(LDLIBS)
 $(BUILD)/test_%: dev/test/test_%.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
+$(BUILD)/fuzz_prep: dev/fuzz/fuzz_prep.c $(HEADERS) $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
 tests: all $(TESTS)
+
+# Damaged scans into prep for FUZZ_SECONDS; SHARED names the folder whose data/ they are made from.
+FUZZ_SECONDS ?= 3600
+SHARED ?= ../shared
+fuzz: $(BUILD)/fuzz_prep all
+	$(BUILD)/fuzz_prep ./prep/prep $(SHARED)/data $(FUZZ_SECONDS)
 
 # Says what it installs; sudo where not root.
 deps:

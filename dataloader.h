@@ -151,29 +151,19 @@ static inline void shard_writer_open(ShardWriter *w, const char *path) {
     w->offset = sizeof empty;
 }
 
-// Appends one slice: pixels and mask are [rows][cols], mask may be NULL. Offsets and checksum of *slice are filled in here.
-static inline void shard_writer_add(ShardWriter *w, const ShardSlice *slice, const int16_t *pixels, const uint8_t *mask) {
+// Appends one slice whose bytes are laid out and summed up already (shard_slice_bytes of them): slice->mask_offset says
+// whether there is a mask; offsets are filled in here.
+static inline void shard_writer_add_block(ShardWriter *w, const ShardSlice *slice, const void *block) {
     ShardSlice s = *slice;
     const char *reason = shard_slice_reason(&s);
     if (reason) {
         shard_writer_abort(w);
         fail(STATUS_FAILED, "a slice cannot be stored: %s", reason);
     }
-    uint64_t count = (uint64_t)s.rows * s.cols;
-    s.pixel_offset = w->offset;
-    s.mask_offset = mask ? w->offset + 2 * count : 0;
     uint64_t bytes = shard_slice_bytes(&s);
-    if (bytes > w->buffer_bytes) {
-        free(w->buffer);
-        w->buffer = (uint8_t *)xmalloc(bytes, "a slice to write");
-        w->buffer_bytes = bytes;
-    }
-    memcpy(w->buffer, pixels, 2 * count);
-    if (mask) memcpy(w->buffer + 2 * count, mask, count);
-    uint64_t used = count * (mask ? 3 : 2);
-    memset(w->buffer + used, 0, bytes - used);
-    s.checksum = checksum(w->buffer, bytes);
-    if (fwrite(w->buffer, 1, bytes, w->file) != bytes) shard_writer_fail(w, "cannot write");
+    s.pixel_offset = w->offset;
+    s.mask_offset = slice->mask_offset ? w->offset + 2 * (uint64_t)s.rows * s.cols : 0;
+    if (fwrite(block, 1, bytes, w->file) != bytes) shard_writer_fail(w, "cannot write");
     w->offset += bytes;
     if (w->slices == w->capacity) {
         w->capacity = w->capacity ? 2 * w->capacity : 256;
@@ -181,6 +171,24 @@ static inline void shard_writer_add(ShardWriter *w, const ShardSlice *slice, con
         if (!w->index) shard_writer_fail(w, "out of memory for the index");
     }
     w->index[w->slices++] = s;
+}
+
+// Appends one slice: pixels and mask are [rows][cols], mask may be NULL. Offsets and checksum of *slice are filled in here.
+static inline void shard_writer_add(ShardWriter *w, const ShardSlice *slice, const int16_t *pixels, const uint8_t *mask) {
+    ShardSlice s = *slice;
+    s.mask_offset = mask != NULL;
+    if (shard_slice_reason(&s)) shard_writer_add_block(w, &s, NULL);     // which fails, before a size is believed
+    uint64_t count = (uint64_t)s.rows * s.cols, used = count * (mask ? 3 : 2), bytes = shard_slice_bytes(&s);
+    if (bytes > w->buffer_bytes) {
+        free(w->buffer);
+        w->buffer = (uint8_t *)xmalloc(bytes, "a slice to write");
+        w->buffer_bytes = bytes;
+    }
+    memcpy(w->buffer, pixels, 2 * count);
+    if (mask) memcpy(w->buffer + 2 * count, mask, count);
+    memset(w->buffer + used, 0, bytes - used);
+    s.checksum = checksum(w->buffer, bytes);
+    shard_writer_add_block(w, &s, w->buffer);
 }
 
 // Writes index, class names (one per line, or NULL) and header, makes them durable, and gives the file its name.

@@ -1,32 +1,22 @@
 /*
-NIfTI-1 and NIfTI-2, .nii and .nii.gz. Byte order, quaternions and orientation are niftilib's; the checks and the reading of
-voxels are ours, because niftilib accepts offsets and sizes that cannot be, and turns NaN into 0.
+NIfTI-1 and NIfTI-2: single files and .hdr/.img pairs, plain or gzip. Byte order and quaternions are niftilib's; the checks and
+the reading of voxels are ours, because niftilib accepts offsets and sizes that cannot be, and turns NaN into 0.
 
-  NiftiHeader      the parts of a header that prep uses, in native byte order
-  nifti_open       reads and checks a header: nothing is allocated from a size that the file cannot hold
-  nifti_volumes    how many volumes a file holds
-  nifti_read       reads one volume of a file to a Volume
-  NIFTI_BUILT      0 where this build has no niftilib; the two functions above then refuse
+  nifti_type      the RAW_* of a NIfTI datatype
+  nifti_check     a header against itself
+  nifti_img       the path of a header's .img
+  nifti_geometry  where the voxels lie, from sform, qform or pixdim
+  nifti_open      reads and checks a header
 */
 #ifndef CURIA_NIFTI_H
 #define CURIA_NIFTI_H
 
-#include "volume.h"  // first: it includes dirent.h, whose DT_UNKNOWN must come before nifti1.h's
+#include "stream.h"  // first: it includes dirent.h, whose DT_UNKNOWN must come before nifti1.h's
 
-#ifdef CURIA_NIFTI
+#ifdef CURIA_VOLUMES
 #include <nifti2_io.h>
-#include <zlib.h>
 
-enum { NIFTI_BUILT = 1 };
-
-typedef struct {
-    nifti_2_header header;   // a NIfTI-1 header is widened to this
-    int swapped, type;       // type: RAW_*
-    int64_t volumes;         // of dim[4]
-    double vox_offset;
-} NiftiHeader;
-
-// The RAW_* of a NIfTI datatype, or -1 and what it is.
+// Or -1 and what it is.
 static inline int nifti_type(int datatype, const char **what) {
     switch (datatype) {
         case DT_UINT8: return RAW_U8;
@@ -45,108 +35,61 @@ static inline int nifti_type(int datatype, const char **what) {
     }
 }
 
-// Reads exactly n bytes of a plain or gzip file. 0 good, else -1 and *reason: a short or damaged stream is never padded.
-static inline int nifti_bytes(gzFile file, void *out, uint64_t n, char *reason, size_t size) {
-    for (uint64_t done = 0; done < n;) {
-        unsigned chunk = n - done > 1 << 24 ? 1 << 24 : (unsigned)(n - done);
-        int got = gzread(file, (char *)out + done, chunk), error;
-        if (got > 0) {
-            done += (unsigned)got;
-            continue;
-        }
-        const char *message = gzerror(file, &error);
-        snprintf(reason, size, "cut short or damaged: %llu of %llu bytes could be read%s%s", (unsigned long long)done,
-                 (unsigned long long)n, error ? ", " : "", error ? message : "");
-        return -1;
-    }
-    return 0;
-}
-
-// Checks a header in native byte order against the file's size on disk. 0 good, else -1 and *reason.
-static inline int nifti_check(NiftiHeader *h, uint64_t file_bytes, int gzip, char *reason, size_t size) {
-    const nifti_2_header *n = &h->header;
+// Checks a header in native byte order and fills type, n, volumes and skip of *f. pair: the voxels are in another file.
+// 0 good, else -1 and *reason.
+static inline int nifti_check(const nifti_2_header *h, double vox_offset, int pair, VolumeFile *f, char *reason, size_t size) {
     const char *what = NULL;
-    if (n->dim[0] < 2 || n->dim[0] > 7) {
-        snprintf(reason, size, "dim[0] is %lld, and 2 to 4 can be read", (long long)n->dim[0]);
+    if (h->dim[0] < 2 || h->dim[0] > 7) {
+        snprintf(reason, size, "dim[0] is %lld, and 2 to 4 can be read", (long long)h->dim[0]);
         return -1;
     }
-    double voxels = 1;
-    for (int i = 1; i <= n->dim[0]; i++) {
-        if (n->dim[i] < 1 || (i < 4 && n->dim[i] > SHARD_MAX_SIDE)) {
-            snprintf(reason, size, "dim[%d] is %lld, and 1 to %d can be read", i, (long long)n->dim[i], SHARD_MAX_SIDE);
+    for (int i = 1; i <= h->dim[0]; i++) {
+        if (h->dim[i] < 1 || (i < 4 && h->dim[i] > SHARD_MAX_SIDE)) {
+            snprintf(reason, size, "dim[%d] is %lld, and 1 to %d can be read", i, (long long)h->dim[i], SHARD_MAX_SIDE);
             return -1;
         }
-        voxels *= (double)n->dim[i];
-        if (i > 4 && n->dim[i] > 1) {
-            snprintf(reason, size, "%d-D data (vectors or warps), not an image", (int)n->dim[0]);
+        if (i < 4) f->n[i - 1] = (int)h->dim[i];
+        if (i > 4 && h->dim[i] > 1) {
+            snprintf(reason, size, "%d-D data (vectors or warps), not an image", (int)h->dim[0]);
             return -1;
         }
     }
-    h->volumes = n->dim[0] >= 4 ? n->dim[4] : 1;
-    h->type = nifti_type(n->datatype, &what);
-    if (h->type < 0) {
-        snprintf(reason, size, "datatype %d: %s, not an image of one value per voxel", n->datatype, what);
+    if (h->dim[0] >= 4) f->volumes = h->dim[4];
+    f->type = nifti_type(h->datatype, &what);
+    if (f->type < 0) {
+        snprintf(reason, size, "datatype %d: %s, not an image of one value per voxel", h->datatype, what);
         return -1;
     }
-    if (n->bitpix != 8 * raw_bytes(h->type)) {
-        snprintf(reason, size, "datatype %d has %d bits a voxel, and the header says %d", n->datatype, 8 * raw_bytes(h->type),
-                 n->bitpix);
+    if (h->bitpix != 8 * raw_bytes(f->type)) {
+        snprintf(reason, size, "datatype %d has %d bits a voxel, and the header says %d", h->datatype, 8 * raw_bytes(f->type),
+                 h->bitpix);
         return -1;
     }
-    double least = n->sizeof_hdr == 348 ? 352 : 544, need = h->vox_offset + voxels * raw_bytes(h->type);
-    if (!(h->vox_offset >= least) || h->vox_offset != floor(h->vox_offset) || h->vox_offset > 1e9) {
-        snprintf(reason, size, "vox_offset is %g, and in a single file it is %g or more", h->vox_offset, least);
+    double least = pair ? 0 : h->sizeof_hdr == 348 ? 352 : 544;
+    if (!(vox_offset >= least) || vox_offset != floor(vox_offset) || vox_offset > 1e9) {
+        snprintf(reason, size, "vox_offset is %g, and in a %s it is %g or more", vox_offset, pair ? "pair" : "single file",
+                 least);
         return -1;
     }
-    if (need > (gzip ? 1032.0 * file_bytes + 1024 : (double)file_bytes)) { // deflate cannot shrink more than 1032 times
-        snprintf(reason, size, "its header asks for %.0f bytes, more than the file can hold", need);
-        return -1;
-    }
+    f->skip = (int64_t)vox_offset;
     return 0;
 }
 
-// Opens a NIfTI file and reads its header. NULL and *reason where it is not usable.
-static inline gzFile nifti_open(const char *path, NiftiHeader *h, char *reason, size_t size) {
-    struct stat st;
-    uint8_t bytes[sizeof(nifti_2_header)];
-    int32_t length;
-    memset(h, 0, sizeof *h);
-    gzFile file = stat(path, &st) ? NULL : gzopen(path, "rb");
-    if (!file) {
-        snprintf(reason, size, "cannot be opened: %s", strerror(errno));
-        return NULL;
+// The .img or .img.gz beside the .hdr or .hdr.gz at path, to image[4096]. 0 good, else -1 and *reason.
+static inline int nifti_img(const char *path, char *image, char *reason, size_t size) {
+    size_t n = strlen(path);
+    if (n > 3 && !strcasecmp(path + n - 3, ".gz")) n -= 3;
+    if (n < 4 || strncasecmp(path + n - 4, ".hdr", 4) || n > 4000) {
+        snprintf(reason, size, "the header of a .hdr/.img pair, and its name does not end in .hdr");
+        return -1;
     }
-    gzbuffer(file, 1 << 18);
-    int bad = nifti_bytes(file, bytes, 348, reason, size);
-    memcpy(&length, bytes, 4);
-    h->swapped = !bad && length != 348 && length != 540;
-    int second = length == 540 || length == (int32_t)__builtin_bswap32(540);
-    nifti_1_header one;
-    memcpy(&one, bytes, sizeof one);
-    if (!bad && second) bad = nifti_bytes(file, bytes + 348, sizeof bytes - 348, reason, size);
-    if (!bad && second) {
-        memcpy(&h->header, bytes, sizeof h->header);
-        if (h->swapped) nifti_swap_as_nifti2(&h->header);
-        h->vox_offset = (double)h->header.vox_offset;
-        if (memcmp(h->header.magic, "n+2\0\r\n\032\n", 8)) bad = 1;
-    } else if (!bad) {
-        if (h->swapped) nifti_swap_as_nifti1(&one);
-        h->header = (nifti_2_header){
-            .sizeof_hdr = 348, .datatype = one.datatype, .bitpix = one.bitpix, .scl_slope = one.scl_slope,
-            .scl_inter = one.scl_inter, .qform_code = one.qform_code, .sform_code = one.sform_code, .quatern_b = one.quatern_b,
-            .quatern_c = one.quatern_c, .quatern_d = one.quatern_d, .qoffset_x = one.qoffset_x, .qoffset_y = one.qoffset_y,
-            .qoffset_z = one.qoffset_z, .xyzt_units = one.xyzt_units};
-        for (int i = 0; i < 8; i++) h->header.dim[i] = one.dim[i], h->header.pixdim[i] = one.pixdim[i];
-        for (int i = 0; i < 4; i++)
-            h->header.srow_x[i] = one.srow_x[i], h->header.srow_y[i] = one.srow_y[i], h->header.srow_z[i] = one.srow_z[i];
-        h->vox_offset = one.vox_offset;
-        if (memcmp(one.magic, "n+1", 4)) bad = 1;
+    static const char *const ends[] = {".img", ".img.gz", ".IMG", ".IMG.GZ"};
+    for (int i = 0; i < 4; i++) {
+        snprintf(image, 4096, "%.*s%s", (int)n - 4, path, ends[i]);
+        if (access(image, F_OK) == 0) return 0;
     }
-    if (bad == 1) snprintf(reason, size, "an Analyze or .hdr/.img pair: convert it to a single .nii file");
-    if (!bad) bad = nifti_check(h, (uint64_t)st.st_size, !gzdirect(file), reason, size);
-    if (!bad) return file;
-    gzclose(file);
-    return NULL;
+    snprintf(reason, size, "half of a .hdr/.img pair: its .img is not there");
+    return -1;
 }
 
 static inline int nifti_usable(nifti_dmat44 m) {
@@ -157,26 +100,25 @@ static inline int nifti_usable(nifti_dmat44 m) {
     return isfinite(det) && fabs(det) > 1e-4 * length[0] * length[1] * length[2] && fabs(det) > 1e-18;
 }
 
-// Spacing (mm) and orientation of *v: the sform where its code is above 0, else the qform, else pixdim along RAS with a
-// note. Notes where both are set and differ by more than 1e-3 of a voxel per voxel. 0 good, else -1 and *reason.
-static inline int nifti_geometry(const NiftiHeader *h, Volume *v, char *reason, size_t size) {
-    const nifti_2_header *n = &h->header;
-    double pixdim[4], unit = (n->xyzt_units & 7) == NIFTI_UNITS_METER    ? 1000
-                             : (n->xyzt_units & 7) == NIFTI_UNITS_MICRON ? 0.001
+// Origin and steps of *v (mm, LPS): the sform where its code is above 0, else the qform, else pixdim along RAS with a note.
+// Notes where both are set and differ by more than 1e-3 of a voxel per voxel.
+static inline void nifti_geometry(const nifti_2_header *h, Volume *v) {
+    double pixdim[4], unit = (h->xyzt_units & 7) == NIFTI_UNITS_METER    ? 1000
+                             : (h->xyzt_units & 7) == NIFTI_UNITS_MICRON ? 0.001
                                                                          : 1;
     for (int i = 1; i < 4; i++) {
-        pixdim[i] = fabs(n->pixdim[i]);
+        pixdim[i] = fabs(h->pixdim[i]);
         if (pixdim[i] > 0 && isfinite(pixdim[i])) continue;
-        if (n->sform_code <= 0) volume_note(v, "pixdim[%d] is %g: taken as 1", i, n->pixdim[i]);
+        if (h->sform_code <= 0) volume_note(v, "pixdim[%d] is %g: taken as 1", i, h->pixdim[i]);
         pixdim[i] = 1;
     }
     nifti_dmat44 s = {{{0}}}, q, *m = NULL,
                  plain = {{{pixdim[1], 0, 0, 0}, {0, pixdim[2], 0, 0}, {0, 0, pixdim[3], 0}, {0, 0, 0, 1}}};
-    for (int j = 0; j < 4; j++) s.m[0][j] = n->srow_x[j], s.m[1][j] = n->srow_y[j], s.m[2][j] = n->srow_z[j];
-    q = nifti_quatern_to_dmat44(n->quatern_b, n->quatern_c, n->quatern_d, n->qoffset_x, n->qoffset_y, n->qoffset_z, pixdim[1],
-                                pixdim[2], pixdim[3], n->pixdim[0] < 0 ? -1 : 1);
-    int has_s = n->sform_code > 0 && nifti_usable(s), has_q = n->qform_code > 0 && nifti_usable(q);
-    if (n->sform_code > 0 && !has_s) volume_note(v, "the sform is singular: not used");
+    for (int j = 0; j < 4; j++) s.m[0][j] = h->srow_x[j], s.m[1][j] = h->srow_y[j], s.m[2][j] = h->srow_z[j];
+    q = nifti_quatern_to_dmat44(h->quatern_b, h->quatern_c, h->quatern_d, h->qoffset_x, h->qoffset_y, h->qoffset_z, pixdim[1],
+                                pixdim[2], pixdim[3], h->pixdim[0] < 0 ? -1 : 1);
+    int has_s = h->sform_code > 0 && nifti_usable(s), has_q = h->qform_code > 0 && nifti_usable(q);
+    if (h->sform_code > 0 && !has_s) volume_note(v, "the sform is singular: not used");
     m = has_s ? &s : has_q ? &q : &plain;
     if (!has_s && !has_q) volume_note(v, "no orientation in the header: taken as RAS");
     if (has_s && has_q) {
@@ -185,83 +127,62 @@ static inline int nifti_geometry(const NiftiHeader *h, Volume *v, char *reason, 
             for (int j = 0; j < 3; j++) apart = fmax(apart, fabs(s.m[i][j] - q.m[i][j]) / pixdim[j + 1]);
         if (apart > 1e-3) volume_note(v, "sform and qform differ (%.3g of a voxel per voxel): the sform is used", apart);
     }
-    int code[3];
-    nifti_dmat44_to_orientation(*m, &code[0], &code[1], &code[2]);
-    double oblique = 1;
-    for (int a = 0; a < 3; a++) {
-        if (code[a] == 0) {
-            snprintf(reason, size, "its orientation cannot be told from the header");
-            return -1;
-        }
-        v->axis[a] = code[a] == NIFTI_L2R || code[a] == NIFTI_R2L ? 0 : code[a] == NIFTI_P2A || code[a] == NIFTI_A2P ? 1 : 2;
-        v->flip[a] = code[a] == NIFTI_L2R || code[a] == NIFTI_P2A || code[a] == NIFTI_S2I;
-        double length = sqrt(m->m[0][a] * m->m[0][a] + m->m[1][a] * m->m[1][a] + m->m[2][a] * m->m[2][a]);
-        v->spacing[a] = unit * length;
-        oblique = fmin(oblique, fabs(m->m[v->axis[a]][a]) / length);
-        if (v->spacing[a] > 1e-3 && v->spacing[a] < 1e3) continue;
-        snprintf(reason, size, "a spacing of %g mm is not one of a body", v->spacing[a]);
+    for (int b = 0; b < 3; b++) {
+        double to_lps = b < 2 ? -unit : unit;
+        v->origin[b] = to_lps * m->m[b][3];
+        for (int a = 0; a < 3; a++) v->step[a][b] = to_lps * m->m[b][a];
+    }
+}
+
+// Reads the header of a file that begins as one. 0 good, else -1 and *reason; the caller frees *f in either case.
+static inline int nifti_open(const char *path, VolumeFile *f, char *reason, size_t size) {
+    uint8_t bytes[sizeof(nifti_2_header)];
+    nifti_1_header one;
+    nifti_2_header h = {0};
+    int32_t length;
+    char image[4096];
+    Stream *s = stream_open(path, 0, STREAM_AUTO, reason, size);
+    int bad = !s || stream_read(s, bytes, sizeof one, reason, size);
+    if (!bad) memcpy(&length, bytes, sizeof length);
+    int second = !bad && (length == 540 || length == (int32_t)__builtin_bswap32(540));
+    if (second) bad = stream_read(s, bytes + sizeof one, sizeof bytes - sizeof one, reason, size);
+    stream_close(s);
+    if (bad) return -1;
+    const char *magic = (const char *)bytes + (second ? 4 : 344);
+    f->swapped = length != 348 && length != 540;
+    double vox_offset;
+    if (second) {
+        memcpy(&h, bytes, sizeof h);
+        if (f->swapped) nifti_swap_as_nifti2(&h);
+        vox_offset = (double)h.vox_offset;
+    } else {
+        memcpy(&one, bytes, sizeof one);
+        if (f->swapped) nifti_swap_as_nifti1(&one);
+        h = (nifti_2_header){
+            .sizeof_hdr = 348, .datatype = one.datatype, .bitpix = one.bitpix, .scl_slope = one.scl_slope,
+            .scl_inter = one.scl_inter, .qform_code = one.qform_code, .sform_code = one.sform_code, .quatern_b = one.quatern_b,
+            .quatern_c = one.quatern_c, .quatern_d = one.quatern_d, .qoffset_x = one.qoffset_x, .qoffset_y = one.qoffset_y,
+            .qoffset_z = one.qoffset_z, .xyzt_units = one.xyzt_units};
+        for (int i = 0; i < 8; i++) h.dim[i] = one.dim[i], h.pixdim[i] = one.pixdim[i];
+        for (int i = 0; i < 4; i++)
+            h.srow_x[i] = one.srow_x[i], h.srow_y[i] = one.srow_y[i], h.srow_z[i] = one.srow_z[i];
+        vox_offset = one.vox_offset;
+    }
+    int single = second ? !memcmp(magic, "n+2\0\r\n\032\n", 8) : !memcmp(magic, "n+1", 4);
+    int pair = second ? !memcmp(magic, "ni2\0\r\n\032\n", 8) : !memcmp(magic, "ni1", 4);
+    if (!single && !pair) {
+        snprintf(reason, size, "an Analyze 7.5 pair, or not marked as NIfTI: it does not tell left from right; convert it");
         return -1;
     }
-    if (oblique < 0.94) volume_note(v, "oblique: axes %.0f degrees off the body's", acos(oblique) * 57.29578);
+    if (pair ? nifti_img(path, image, reason, size) : snprintf(image, sizeof image, "%s", path) >= (int)sizeof image) return -1;
+    if (nifti_check(&h, vox_offset, pair, f, reason, size)) return -1;
+    const char *slash = strrchr(image, '/');
+    if (volumefile_part(f, path, slash ? slash + 1 : image, reason, size)) return -1;
+    f->slope = h.scl_slope, f->inter = h.scl_inter;
+    if (f->slope == 0 || !isfinite(f->slope)) f->slope = 1, f->inter = 0;
+    if (!isfinite(f->inter)) f->inter = 0;
+    nifti_geometry(&h, &f->grid);
     return 0;
-}
-
-// How many volumes (dim[4]) the file at path holds, or -1 and *reason.
-static inline int64_t nifti_volumes(const char *path, char *reason, size_t size) {
-    NiftiHeader h;
-    gzFile file = nifti_open(path, &h, reason, size);
-    if (file) gzclose(file);
-    return file ? h.volumes : -1;
-}
-
-// Reads volume `number` (of dim[4]) of the file at path. Reads on to the file's end, so that gzip's checksum is checked.
-// 0 good, else -1 and *reason; *v is then to be dropped.
-static inline int nifti_read(const char *path, int64_t number, Volume *v, char *reason, size_t size) {
-    NiftiHeader h;
-    memset(v, 0, sizeof *v);
-    *reason = 0;
-    gzFile file = nifti_open(path, &h, reason, size);
-    if (!file) return -1;
-    for (int i = 0; i < 3; i++) v->n[i] = i < h.header.dim[0] ? (int)h.header.dim[i + 1] : 1;
-    uint64_t count = (uint64_t)v->n[0] * v->n[1] * v->n[2], bytes = count * raw_bytes(h.type);
-    uint64_t skip = (uint64_t)h.vox_offset - h.header.sizeof_hdr + number * bytes, rest = (h.volumes - 1 - number) * bytes;
-    uint8_t *data = (uint8_t *)malloc(bytes ? bytes : 1), scrap[65536];
-    int bad = data ? 0 : -1;
-    if (bad) snprintf(reason, size, "%.1f GiB of voxels do not fit in memory", bytes / 1073741824.0);
-    for (uint64_t n; !bad && skip; skip -= n)
-        bad = nifti_bytes(file, scrap, n = skip < sizeof scrap ? skip : sizeof scrap, reason, size);
-    if (!bad) bad = nifti_bytes(file, data, bytes, reason, size);
-    for (uint64_t n; !bad && rest; rest -= n)
-        bad = nifti_bytes(file, scrap, n = rest < sizeof scrap ? rest : sizeof scrap, reason, size);
-    int got, error = 0;
-    while (!bad && (got = gzread(file, scrap, sizeof scrap)) != 0)
-        if (got < 0) bad = -1;
-    if (!bad) gzerror(file, &error);
-    if (bad && !*reason) snprintf(reason, size, "cut short or damaged: %s", gzerror(file, &error));
-    else if (!bad && error == Z_BUF_ERROR) bad = -1, snprintf(reason, size, "cut short: its gzip stream has no end");
-    gzclose(file);
-    if (!bad && h.swapped && raw_bytes(h.type) > 1) nifti_swap_Nbytes((int64_t)count, raw_bytes(h.type), data);
-    double slope = h.header.scl_slope, inter = h.header.scl_inter;
-    if (slope == 0 || !isfinite(slope)) slope = 1, inter = 0;
-    if (!isfinite(inter)) inter = 0;
-    if (!bad) bad = nifti_geometry(&h, v, reason, size);
-    if (!bad) bad = volume_store(v, data, h.type, slope, inter, reason, size);
-    free(data);
-    return bad;
-}
-
-#else
-
-enum { NIFTI_BUILT = 0 };
-
-static inline int64_t nifti_volumes(const char *path, char *reason, size_t size) {
-    snprintf(reason, size, "%s is NIfTI, and this prep was built without niftilib", path);
-    return -1;
-}
-
-static inline int nifti_read(const char *path, int64_t number, Volume *v, char *reason, size_t size) {
-    (void)number, (void)v;
-    return (int)nifti_volumes(path, reason, size);
 }
 
 #endif

@@ -679,7 +679,7 @@ static inline void phantom_volume(ShardWriter *w, const PhantomBody *p, uint64_t
     float *images = (float *)xmalloc(sizeof(float) * n * count, "a phantom volume"),
           *at = (float *)xmalloc(sizeof(float) * 3 * n, "a phantom volume");
     uint8_t *tissue = (uint8_t *)xmalloc(n, "a phantom volume");
-    int16_t *pixels = (int16_t *)xmalloc(sizeof(int16_t) * n, "a phantom volume");
+    int16_t *pixels = (int16_t *)xmalloc(sizeof(int16_t) * n * count, "a phantom volume");
     Moments plain = {0}, clipped = {0};
     float pixel = 1;
     for (int i = 0; i < count; i++) {
@@ -688,8 +688,9 @@ static inline void phantom_volume(ShardWriter *w, const PhantomBody *p, uint64_t
         phantom_sample(p, &f, rows, cols, tissue, at);
         if (scan.table >= 0) phantom_table(p, scan.table, at, n, tissue);
         phantom_render(&scan, &r, rows, cols, tissue, images + i * n, at);
-        moments_add(&plain, images + i * n, n, -INFINITY);
-        moments_add(&clipped, images + i * n, n, -1000);
+        for (int j = i * n; j < (i + 1) * n; j++) pixels[j] = (int16_t)images[j];
+        moments_add(&plain, pixels + i * n, n, 1, 0, -INFINITY);
+        moments_add(&clipped, pixels + i * n, n, 1, 0, -1000);
     }
     float threshold = anatomy_threshold(images, (size_t)n * count, modality);
     uint64_t name[5] = {seed, patient, (uint64_t)modality, (uint64_t)region, (uint64_t)plane};
@@ -712,9 +713,8 @@ static inline void phantom_volume(ShardWriter *w, const PhantomBody *p, uint64_t
     s.spacing_slice = p->scale * (plane == PLANE_AXIAL ? (phantom_range[region][1] - phantom_range[region][0]) / count : 22);
     for (int i = 0; i < count; i++) {
         s.slice_number = i;
-        slice_anatomy(images + i * n, rows, cols, threshold, &s);
-        for (int j = 0; j < n; j++) pixels[j] = (int16_t)images[i * n + j];
-        shard_writer_add(w, &s, pixels, NULL);
+        slice_anatomy(pixels + i * n, rows, cols, 1, 0, threshold, &s);
+        shard_writer_add(w, &s, pixels + i * n, NULL);
     }
     free(images);
     free(at);

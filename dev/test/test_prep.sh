@@ -27,7 +27,7 @@ expect() {
     "$@" >"$work/out" 2>"$work/err"
     got=$?
     if [ "$got" != "$status" ]; then bad "$name: exit status $got, expected $status: $(tail -1 "$work/err")"
-    elif [ -n "$text" ] && ! grep -Eq "$text" "$work/err"; then bad "$name: no '$text' in: $(tail -3 "$work/err")"
+    elif [ -n "$text" ] && ! grep -Eqe "$text" "$work/err"; then bad "$name: no '$text' in: $(tail -3 "$work/err")"
     elif [ "$status" != 0 ] && [ "$(errors)" != 1 ]; then bad "$name: $(errors) error lines"
     else good; fi
 }
@@ -57,23 +57,41 @@ expect 2 'whole number' 'bad number' "$prep" -o "$work/x" --shard-size -3 "$data
 expect 3 'cannot be opened' 'absent input' "$prep" -o "$work/absent" "$data/nothing.nii"
 
 # --- every file there is
-expect 0 'taken     .*example_ct.nii.gz: CT 122x101x112, 3x3x3 mm, RAS, -1207 to 3382' 'all of shared/data' "$prep" -o "$work/all" --shard-size 64 "$data"
+expect 0 'taken     .*example_ct.nii.gz: CT 122x101x112, 3x3x3 mm, RAS, -1207 to 3382' 'all of shared/data' "$prep" -o "$work/all" --shard-size 64 --private-map "$data"
 cp "$work/err" "$work/all.err"
 expect 0 '' 'verify' "$prep" --verify "$work/all"
 [ "$(grep -c good "$work/out")" -ge 3 ] && good || bad "--shard-size 64 gave $(grep -c good "$work/out") shards"
 expect 0 '' 'info' "$prep" --info "$work/all"
-for name in mr_seq/open_ms/patient12/study1_T2W mr_seg/mni/mni_icbm152_t1_tal_nlin_sym_09a_converted mr_seg/mni/mni_icbm152_gm_tal_nlin_sym_09a_converted \
-            mr_seg/sct/t2_t2 mr_seg/sct/mt_t1w orient/SLP ct_seg/brain_atlas/ct_brain_atlas_1mm dicom/d2n_bitexact/generic_compressed/001_ground_truth; do
-    grep -q "^taken     $data/$name.nii.gz" "$work/all.err" && good || bad "$name is not taken"
+for name in mr_seq/open_ms/patient12/study1_T2W.nii.gz mr_seg/mni/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz mr_seg/pyradiomics/brain1_image.nrrd \
+            mr_seg/mni/mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz mr_seg/pyradiomics/breast1_image.nrrd mr_seg/sct/t2_t2.nii.gz mr_seg/sct/mt_t1w.nii.gz \
+            ct_seg/brain_atlas/ct_brain_atlas_1mm.nii.gz; do
+    grep -q "^taken     $data/$name" "$work/all.err" && good || bad "$name is not taken"
 done
 for name in ct_seg/ts_aorta/T710_renal ct_seg/ts_aorta/annulus_proper ct_seg/ts_dicom/example_seg_dicom ct_seg/ts_example/example_seg ct_seg/ts_example/vertebrae_seg_totalseg \
             mr_seg/sct/t2_labels mr_seg/sct/t1_t1w_seg-manual mr_lesion/open_ms_mni/patient07/GOLD_STANDARD_N4_noneck_reduced_winsor_regtoFLAIR_regtoMNI; do
-    grep -q "^left out  $data/$name.nii.gz: label image" "$work/all.err" && good || bad "$name is taken for an image"
+    grep -q "^left out  $data/$name.nii.gz: label: a label image" "$work/all.err" && good || bad "$name is taken for an image"
 done
-grep -q 'left out .*brain1_image.nrrd: NRRD, which this prep cannot read yet' "$work/all.err" && good || bad 'NRRD is not named'
-grep -q 'left out .*MR_truncated.dcm: DICOM, which' "$work/all.err" && good || bad 'DICOM is not named'
-grep -Erq 'patient12|open_ms|study1|example_ct' "$work/all" && bad 'a name from a path is in the output' || good
-[ "$(head -1 "$work/all/report.tsv" | tr '\t' '\n' | wc -l)" = 16 ] && awk -F'\t' 'NF != 16 { exit 1 }' "$work/all/report.tsv" && good || bad 'report.tsv is not a table of 16 columns'
+[ "$(grep -c "^left out  $data/orient/.*: duplicate" "$work/all.err")" = 5 ] && good || bad 'six orientations of one head are not one volume and five copies'
+grep -q "^taken     $data/dicom/ge_head_ct_tilt/.* and 27 more: series of CT 512x512x28, .*LPS.*tilted gantry: 18.5 degrees" "$work/all.err" && good || bad 'the tilted head CT'
+grep -q "ge_head_ct_tilt.*uneven gaps of 1.081 to 6.999 mm" "$work/all.err" && good || bad 'the uneven gaps of the head CT'
+grep -q "^taken     $data/ct_seg/ts_dicom/dicom/.* and 19 more: series of CT 512x512x20, 0.977x0.977x2 mm, LPS" "$work/all.err" && good || bad 'the JPEG 2000 series'
+[ "$(wc -l <"$work/all/report.tsv")" -gt 60 ] && awk -F'\t' 'NF != 25 { exit 1 }' "$work/all/report.tsv" && good || bad 'report.tsv is not a table of 25 columns'
+[ "$(stat -c %a "$work/all/private_map.tsv")" = 600 ] && grep -q 'patient12/study1_T2W.nii.gz' "$work/all/private_map.tsv" && good || bad 'private_map.tsv'
+grep -q '"slices": [1-9]' "$work/all/summary.json" && good || bad 'summary.json'
+[ -e "$work/all/resume.tsv" ] && bad 'resume.tsv is left' || good
+rm "$work/all/private_map.tsv"
+
+# --- privacy: no name, number, date, UID or path of the inputs is in any byte of the output
+find "$data" -type f | sed 's,.*/,,' | grep -vE '^.{0,5}$' >"$work/secrets"
+find "$data" -mindepth 2 -type d | sed 's,.*/,,' | grep -E '.{6}' >>"$work/secrets"
+for file in "$data"/dicom/*/*.dcm "$data"/bad/*.dcm "$data"/dicom/*/*/*/*.dcm "$data"/ct_seg/ts_dicom/dicom/*; do
+    head -c 6000 "$file" | grep -aoE '[0-9]+(\.[0-9]+){6,}|[A-Za-z]{3,}\^[A-Za-z0-9^ ]+|(19|20)[0-9]{6}\b|[0-9]{6}\.[0-9]{4,6}' | grep -av '^1\.2\.840\.10008\.'
+done | sort -u >>"$work/secrets"
+[ "$(wc -l <"$work/secrets")" -gt 200 ] && good || bad "only $(wc -l <"$work/secrets") strings to look for"
+printf '%s\n' "$(head -1 "$work/secrets")" >"$work/leak" # the search itself can fail
+grep -raqFf "$work/secrets" "$work/leak" && good || bad 'the search for identifying strings finds none where there is one'
+found=$(grep -raoFf "$work/secrets" "$work/all" | head -3)
+[ -z "$found" ] && good || bad "identifying strings are in the output: $found"
 
 # --- orientation: the same head in several axis orders gives the same slices
 first=
@@ -81,20 +99,70 @@ for file in "$data"/orient/*.nii.gz; do
     code=$(basename "$file" .nii.gz)
     "$prep" -o "$work/orient_$code" --planes all "$file" 2>/dev/null
     "$prep" --info "$work/orient_$code" | tail -n +2 | cut -f3- >"$work/orient_$code.info"
-    pixels "$work/orient_$code/shard-00000.shard" >"$work/orient_$code.pixels"
+    pixels "$work/orient_$code/shard-000000.shard" >"$work/orient_$code.pixels"
     if [ -z "$first" ]; then first=$code; [ -s "$work/orient_$code.pixels" ] && good || bad "$code gives no pixels"; continue; fi
     cmp -s "$work/orient_$first.pixels" "$work/orient_$code.pixels" && good || bad "$code and $first differ in pixels"
     cmp -s "$work/orient_$first.info" "$work/orient_$code.info" && good || bad "$code and $first differ in geometry"
 done
 
-# --- files that are no scans
-expect 3 'complex_image.*complex numbers' 'complex' "$prep" -o "$work/b1" "$data/bad/complex_image.nii.gz"
-expect 3 'ct_perfusion.*colour' 'colour' "$prep" -o "$work/b2" "$data/bad/ct_perfusion.nii.gz"
-expect 3 'pval.LH.*fewer than 16 rows' 'surface' "$prep" -o "$work/b3" "$data/bad/pval.LH.nii.gz"
-expect 3 'label image' 'a named label image' "$prep" -o "$work/b4" "$data/ct_seg/ts_example/example_seg.nii.gz"
-expect 0 'taken' '--keep-labels' "$prep" -o "$work/b5" --keep-labels "$data/ct_seg/ts_example/example_seg.nii.gz"
-expect 3 'DICOM, which' 'a named DICOM' "$prep" -o "$work/b6" "$data/bad/MR_truncated.dcm" "$data/orient/RAS.nii.gz"
-[ -s "$work/b6/shard-00000.shard" ] && good || bad 'a bad file beside a good one loses the good one'
+# --- files that are no scans, each with its reason
+reject() { # reject FILE CODE [MORE]: named alone it ends with 3 and that reason, no crash, and nothing in the folder
+    number=$((number + 1))
+    expect 3 "left out  .*$1.*: $2: ${3:-}" "$1" "$prep" -o "$work/bad$number" "$data/$1"
+    [ -z "$(ls "$work/bad$number" | grep -vE '^(report.tsv|summary.json)$')" ] && good || bad "$1 leaves $(ls "$work/bad$number")"
+}
+number=0
+reject bad/complex_image.nii.gz not-scalar 'datatype 32: complex numbers'
+reject bad/ct_perfusion.nii.gz not-scalar 'datatype 128: colour'
+reject bad/pval.LH.nii.gz too-small
+reject ct_seg/ts_example/example_seg.nii.gz label
+reject bad/CT_small.dcm few-slices
+reject bad/MR_small_bigendian.dcm few-slices
+reject bad/no_meta.dcm damaged
+reject bad/MR_truncated.dcm damaged '(truncated|cut short): 8130 of 8192 bytes'
+reject bad/JPEG-lossy.dcm secondary-capture
+reject bad/badVR.dcm '(not-image|damaged)'
+reject bad/image_dfl.dcm secondary-capture
+reject bad/liver_1frame.dcm '(not-image|damaged)'
+reject bad/nested_priv_SQ.dcm '(not-image|damaged)'
+reject bad/reportsi.dcm not-image
+reject bad/rtdose_1frame.dcm not-image
+reject fmt4d/slicethickness_empty_string.dcm projection
+reject dicom/d2n_bitexact/failing_notavolume/001 few-slices
+reject dicom/d2n_bitexact/failing_gantrytilting/001 no-body
+reject dicom/enhanced_mf/emri_small.dcm no-geometry
+expect 3 'too_short.dcm.*: damaged: ' 'a JPEG 2000 stream cut short' "$prep" -o "$work/b2" --keep no-geometry "$data/dicom/enhanced_mf/emri_small_jpeg_2k_lossless_too_short.dcm"
+expect 3 'no usable volume' 'all of bad/' "$prep" -o "$work/b3" "$data/bad"
+[ -z "$(ls "$work/b3"/*.shard* 2>/dev/null)" ] && good || bad 'bad/ leaves a shard'
+expect 0 'taken' '--keep label' "$prep" -o "$work/b5" --keep label "$data/ct_seg/ts_example/example_seg.nii.gz"
+expect 0 'taken     .*CT_small.dcm: series of CT 128x128x1' '--keep few-slices' "$prep" -o "$work/b4" --keep few-slices "$data/bad/CT_small.dcm"
+expect 0 'taken     .*image_dfl.dcm' '--keep all' "$prep" -o "$work/b7" --keep all "$data/bad/image_dfl.dcm"
+expect 2 '--keep nonsense: give all, or some of' '--keep nonsense' "$prep" -o "$work/b8" --keep nonsense "$data"
+expect 3 'few-slices' 'a named DICOM beside a good file' "$prep" -o "$work/b6" "$data/bad/CT_small.dcm" "$data/orient/RAS.nii.gz"
+[ -s "$work/b6/shard-000000.shard" ] && good || bad 'a bad file beside a good one loses the good one'
+
+# --- DICOM: the same slice in every lossless syntax, the same frames in every enhanced file, ground truths
+first=
+for file in "$data"/dicom/ct_all_transfer_syntaxes/CTImage*; do
+    case $file in *Process1T* | *Process2_4* | *Process6_8* | *Process10* | *Lossy*) continue ;; esac
+    name=$(basename "$file")
+    "$prep" -o "$work/syntax_$name" --keep few-slices "$file" 2>/dev/null
+    pixels "$work/syntax_$name/shard-000000.shard" >"$work/syntax_$name.pixels"
+    first=${first:-$work/syntax_$name.pixels}
+    [ "$(stat -c %s "$work/syntax_$name.pixels")" = 524288 ] && cmp -s "$first" "$work/syntax_$name.pixels" && good || bad "$name has other pixels"
+done
+first=
+for name in emri_small emri_small_RLE emri_small_big_endian emri_small_jpeg_2k_lossless; do
+    expect 0 'MR 64x64x10' "$name" "$prep" -o "$work/$name" --keep no-geometry "$data/dicom/enhanced_mf/$name.dcm"
+    pixels "$work/$name/shard-000000.shard" >"$work/$name.pixels"
+    first=${first:-$work/$name.pixels}
+    [ -s "$first" ] && cmp -s "$first" "$work/$name.pixels" && good || bad "$name has other pixels"
+done
+for name in generic_compressed generic_compressed_j2k generic_compressed_jpegls; do
+    "$prep" -o "$work/$name" "$data/dicom/d2n_bitexact/$name/001" 2>/dev/null
+    "$prep" -o "$work/${name}_truth" "$data/dicom/d2n_bitexact/$name/001_ground_truth.nii.gz" 2>/dev/null
+    [ -s "$work/$name/shard-000000.shard" ] && cmp -s <(pixels "$work/$name/shard-000000.shard") <(pixels "$work/${name}_truth/shard-000000.shard") && good || bad "$name differs from its ground truth"
+done
 
 # --- headers that lie
 ct=$work/ct.nii
@@ -144,7 +212,7 @@ expect 3 'damaged' 'gzip with another CRC' "$prep" -o "$work/crc" "$work/crc.nii
 { head -c 100000 "$ct" | gzip -c; tail -c +100001 "$ct" | gzip -c; } >"$work/members.nii.gz"
 expect 0 'taken' 'gzip of two members' "$prep" -o "$work/members" "$work/members.nii.gz"
 "$prep" -o "$work/plain" "$ct" 2>/dev/null
-cmp -s <(pixels "$work/members/shard-00000.shard") <(pixels "$work/plain/shard-00000.shard") && good || bad 'two gzip members and the plain file differ'
+cmp -s <(pixels "$work/members/shard-000000.shard") <(pixels "$work/plain/shard-000000.shard") && good || bad 'two gzip members and the plain file differ'
 
 # --- headers that are odd, and taken with a note
 cp "$ct" "$work/odd.nii"
@@ -168,47 +236,124 @@ head -c 352 "$ct" >"$work/constant.nii"
 head -c $((size - 352)) /dev/zero >>"$work/constant.nii"
 expect 3 'constant' 'a constant volume' "$prep" -o "$work/o9" "$work/constant.nii"
 
-# --- the same input gives the same bytes
+# --- the same input gives the same bytes, whatever the order of a folder, of the arguments, and the number of workers
 mkdir -p "$work/i1/sub-1" "$work/i1/sub-2" "$work/i2/sub-2" "$work/i2/sub-1"
 for n in 1 2; do cp "$data/orient/RAS.nii.gz" "$work/i1/sub-$n/a.nii.gz"; cp "$ct" "$work/i1/sub-$n/b.nii"; done
 for n in 2 1; do cp "$ct" "$work/i2/sub-$n/b.nii"; cp "$data/orient/RAS.nii.gz" "$work/i2/sub-$n/a.nii.gz"; done
-"$prep" -o "$work/d1" "$work/i1" 2>"$work/err"
-"$prep" -o "$work/d2" "$work/i2/" 2>/dev/null
-cmp -s "$work/d1/shard-00000.shard" "$work/d2/shard-00000.shard" && cmp -s "$work/d1/report.tsv" "$work/d2/report.tsv" && good || bad 'the order of a folder changes the output'
+"$prep" -o "$work/d1" --keep duplicate --jobs 1 "$work/i1" 2>"$work/err"
+"$prep" -o "$work/d2" --keep duplicate --jobs 5 "$work/i2/" 2>/dev/null
+diff -rq "$work/d1" "$work/d2" >/dev/null && good || bad 'the order of a folder or the number of workers changes the output'
 grep -q 'of 2 patients' "$work/err" && good || bad "two sub- folders are not two patients: $(tail -1 "$work/err")"
 (cd "$work" && "$prep" -o d3 i1/sub-1/a.nii.gz i1/sub-2/b.nii 2>/dev/null; "$prep" -o d4 i1/sub-2/b.nii i1/sub-1/a.nii.gz 2>/dev/null)
-cmp -s "$work/d3/shard-00000.shard" "$work/d4/shard-00000.shard" && good || bad 'the order of the arguments changes the output'
-expect 2 'holds shards already' 'a folder in use' "$prep" -o "$work/d1" "$work/i1"
+diff -rq "$work/d3" "$work/d4" >/dev/null && good || bad 'the order of the arguments changes the output'
+expect 0 'is complete' 'a folder that is complete' "$prep" -o "$work/d1" --keep duplicate "$work/i1"
+expect 2 'holds shards already' 'a folder of other inputs' "$prep" -o "$work/d1" "$work/i1/sub-1"
+expect 2 'holds shards already' 'a folder of other options' "$prep" -o "$work/d1" --planes all "$work/i1"
+expect 0 '2 volumes taken, 2 left out .2 duplicate' 'copies are dropped' "$prep" -o "$work/d9" "$work/i1"
 head -c 32 /dev/urandom >"$work/salt"
-"$prep" -o "$work/d5" --salt-file "$work/salt" "$work/i1" 2>/dev/null
-cmp -s <(pixels "$work/d1/shard-00000.shard") <(pixels "$work/d5/shard-00000.shard") && good || bad 'a salt changes the pixels'
+"$prep" -o "$work/d5" --keep duplicate --salt-file "$work/salt" "$work/i1" 2>/dev/null
 [ "$("$prep" --info "$work/d1" | cut -f1,2 | grep -Ff <("$prep" --info "$work/d5" | grep -v '#' | cut -f2 | grep -v patient) | wc -l)" = 0 ] && good || bad 'a salt does not change the ids'
 expect 2 '16 to 4096 bytes' 'a short salt' "$prep" -o "$work/d6" --salt-file <(printf abc) "$work/i1"
-expect 0 'of 1 patients' '--patient-from regex' "$prep" -o "$work/d7" --patient-from 'regex:(sub)-' "$work/i1"
-expect 0 'of 4 patients' '--patient-from file' "$prep" -o "$work/d8" --patient-from file "$work/i1"
+expect 0 'of 1 patients' '--patient-from regex' "$prep" -o "$work/d7" --keep duplicate --patient-from 'regex:(sub)-' "$work/i1"
+expect 0 'of 4 patients' '--patient-from file' "$prep" -o "$work/d8" --keep duplicate --patient-from file "$work/i1"
+expect 0 '' '--dry-run' "$prep" --dry-run "$work/i1"
+[ "$(tail -n +2 "$work/out" | cut -f4,25 | grep -c "taken.*$work/i1")" = 2 ] && [ "$(wc -l <"$work/out")" = 5 ] && good || bad "--dry-run prints $(wc -l <"$work/out") lines"
 
-# --- labels
+# --- killed at any moment and called again, it ends with the same bytes, and finished shards are not written again
+whole() { exec "$prep" -o "$work/$1" --shard-size 2 --split patient:0.6/0.4 --planes all --jobs 2 "$data/ct_seg" "$data/dicom" "$data/orient" "$data/bad"; }
+begin=$(date +%s%3N)
+(whole r1 2>/dev/null)
+length=$(($(date +%s%3N) - begin)) kills=0 round=0
+while [ ! -e "$work/r2/summary.json" ] && [ $round -lt 60 ]; do
+    round=$((round + 1))
+    (whole r2 2>/dev/null) &
+    sleep "$(awk "BEGIN { print $length * (0.1 + 0.3 * $RANDOM / 32768 + 0.02 * $round) / 1000 }")"
+    kill -9 $! 2>/dev/null && kills=$((kills + 1))
+    wait $! 2>/dev/null
+    find "$work/r2" -name '*.shard' -printf '%p %i %T@ %s\n' | sort >"$work/now"
+    [ -e "$work/before" ] && [ "$(comm -23 "$work/before" "$work/now" | wc -l)" != 0 ] && bad "round $round wrote a finished shard again"
+    mv "$work/now" "$work/before"
+done
+diff -rq "$work/r1" "$work/r2" >"$work/out" && [ $kills -ge 3 ] && good || bad "after $kills kills in $round rounds: $(head -2 "$work/out")"
+[ -s "$work/r1/train/shard-000000.shard" ] && [ -s "$work/r1/val/shard-000000.shard" ] && good || bad '--split gives no two parts'
+[ -z "$(comm -12 <("$prep" --info "$work/r1/train" | grep -v '#' | cut -f2 | sort -u) <("$prep" --info "$work/r1/val" | grep -v '#' | cut -f2 | sort -u) | grep -v patient)" ] && good || bad 'a patient is in both parts'
+
+# --- shares of many nodes, merged, are the whole
+slices() { "$prep" --info "$1" | grep -v -e '#' -e '^volume' | sort; }
+for share in 0 1 2; do "$prep" -o "$work/share$share" --shard-of $share/3 --shard-size 8 "$data/mr_seq" "$data/dicom" "$data/orient" 2>/dev/null; done
+"$prep" -o "$work/shares" --shard-size 8 "$data/mr_seq" "$data/dicom" "$data/orient" 2>/dev/null
+expect 0 'shards of 3 sets' '--merge' "$prep" --merge -o "$work/merged" "$work/share0" "$work/share1" "$work/share2"
+expect 0 '' 'verify of the merged' "$prep" --verify "$work/merged"
+taken() { cut -f5,20,24 "$1/report.tsv" | grep taken | sort; }
+cmp -s <(taken "$work/merged") <(taken "$work/shares") && good || bad 'the merged shares are not the whole'
+expect 0 'copies of volumes left out' '--merge of a set with itself' "$prep" --merge -o "$work/merged2" "$work/share0" "$work/share0"
+cmp -s <(slices "$work/merged2") <(slices "$work/share0") && good || bad 'a set merged with itself is not the set'
+expect 2 'holds other shards' '--merge into another set' "$prep" --merge -o "$work/share1" "$work/share0" "$work/share2"
+expect 2 'give I/N' '--shard-of' "$prep" -o "$work/x" --shard-of 3/3 "$data"
+expect 2 'sum to 1' '--split' "$prep" -o "$work/x" --split patient:0.5/0.1 "$data"
+
+# --- a worker that dies, hangs or wants too much memory costs one file
+mkdir "$work/many"
+for n in 1 2 3 4 5 6 7 8; do cp -r "$data/ct_seg/ts_dicom/dicom" "$work/many/$n"; done
+for signal in SEGV STOP; do
+    "$prep" -o "$work/die$signal" --jobs 2 --time-limit 2 --keep duplicate --max-failed 100 "$work/many" 2>"$work/err" &
+    sleep 0.7
+    pkill -$signal -P $! -n
+    wait $!
+    status=$?
+    if [ $signal = SEGV ]; then text='its decoder crashed .Segmentation fault'; else text='took longer than 2 s'; fi
+    [ $status = 0 ] && [ "$(grep -c "warning: .*$text" "$work/err")" = 1 ] && grep -q 'taken ' "$work/err" && good || bad "a worker ended by $signal: status $status, $(tail -1 "$work/err")"
+done
+head -c 352 "$ct" >"$work/large.nii"
+patch "$work/large.nii" 42 00 02 00 02 00 02
+head -c $((2 * 512 * 512 * 512)) /dev/zero | tr '\0' 'a' | cat "$work/large.nii" - | head -c $((352 + 2 * 512 * 512 * 512)) | gzip -1 >"$work/large.nii.gz"
+if [ "${PREP:-}" = "" ]; then # a sanitizer needs memory of its own
+    expect 3 'large.nii.gz: (needs more memory than|memory-limit: )' 'a volume beyond --memory-limit' "$prep" -o "$work/m1" --memory-limit 128 "$work/large.nii.gz"
+fi
+rm -f "$work"/large.nii*
+
+# --- labels, targets, masks
+column() { "$prep" --info "$1" | grep -v '#' | tail -n +2 | cut -f"$2" | sort | tr '\n' ' '; }
 printf 'file,slice,label,target\nsub-1/a.nii.gz,,"head, left",0.5\nb.nii,,thorax,\nsub-2/b.nii,4,abdomen,2\nghost.nii,,neck,1\n' >"$work/labels.csv"
-expect 0 '1 of 4 rows of .* match no stored slice' 'labels' "$prep" -o "$work/l1" --labels "$work/labels.csv" "$work/i1"
+expect 0 '1 of 4 rows of .* match no stored slice' 'labels' "$prep" -o "$work/l1" --keep duplicate --labels "$work/labels.csv" "$work/i1"
 "$prep" --info "$work/l1" >"$work/out"
 grep -q '^# class 1: head, left' "$work/out" && good || bad 'class names are not in the shard'
-[ "$(grep -v '#' "$work/out" | tail -n +2 | cut -f15 | tr '\n' ' ')" = '1 3 -1 3 ' ] && good || bad "labels are $(grep -v '#' "$work/out" | tail -n +2 | cut -f15 | tr '\n' ' ')"
+[ "$(column "$work/l1" 15)" = '-1 1 3 3 ' ] && good || bad "labels are $(column "$work/l1" 15)"
 printf 'FILE\tlabel\npatient\t7\na.nii.gz\t3\n' >"$work/labels.tsv"
-"$prep" -o "$work/l2" --labels "$work/labels.tsv" "$work/i1" 2>/dev/null
-[ "$("$prep" --info "$work/l2" | grep -v '#' | tail -n +2 | cut -f15 | tr '\n' ' ')" = '3 -1 3 -1 ' ] && good || bad 'integer labels from TSV'
+"$prep" -o "$work/l2" --keep duplicate --labels "$work/labels.tsv" "$work/i1" 2>/dev/null
+[ "$(column "$work/l2" 15)" = '-1 -1 3 3 ' ] && good || bad 'integer labels from TSV'
 printf 'file,label\nx.nii,1\nx.nii,2\n' >"$work/labels.csv"
 expect 3 'two rows for x.nii' 'labels that contradict' "$prep" -o "$work/l3" --labels "$work/labels.csv" "$work/i1"
 printf 'name,label\nx.nii,1\n' >"$work/labels.csv"
 expect 3 'header needs file' 'labels without file' "$prep" -o "$work/l4" --labels "$work/labels.csv" "$work/i1"
+uid=$(head -c 3000 "$data/dicom/ge_head_ct_tilt/01.dcm" | grep -aoE '1\.2\.[0-9.]{20,}' | sed -n 3p)
+printf 'series\tslice\tlabel\tpatient\n%s\t3\t5\tsomebody\nge_head_ct_tilt\t\t6\t\n' "$uid" >"$work/labels.tsv"
+expect 0 '' 'labels by folder of a series' "$prep" -o "$work/l5" --labels "$work/labels.tsv" "$data/dicom"
+[[ "$(column "$work/l5" 16)" = *6* ]] && good || bad "a series labelled by its folder: $(column "$work/l5" 16)"
+mkdir -p "$work/task/imagesTr" "$work/task/labelsTr"
+cp "$data/ct_seg/ts_example/example_ct_sm.nii.gz" "$work/task/imagesTr/case_0000.nii.gz"
+cp "$data/ct_seg/ts_example/example_seg.nii.gz" "$work/task/labelsTr/case.nii.gz"
+expect 0 'taken .*case_0000' 'an nnU-Net layout' "$prep" -o "$work/k1" "$work/task"
+[ "$(cut -f5,23 "$work/k1/report.tsv" | grep taken | cut -f2)" = 30 ] && good || bad "slices with a mask: $(cut -f5,23 "$work/k1/report.tsv" | grep taken)"
+printf 'file,mask\ndicom,%s\n' "$(realpath "$data/ct_seg/ts_dicom/example_seg_dicom.nii.gz")" >"$work/labels.csv"
+expect 0 'taken' 'a NIfTI mask of a DICOM series' "$prep" -o "$work/k2" --labels "$work/labels.csv" "$data/ct_seg/ts_dicom"
+[ "$(cut -f5,23 "$work/k2/report.tsv" | grep taken | cut -f2)" = 20 ] && good || bad "slices with a mask: $(cut -f5,23 "$work/k2/report.tsv" | grep taken)"
+cp "$data/ct_seg/ts_example/example_seg_fast_force_split.nii.gz" "$work/task/labelsTr/case.nii.gz"
+expect 0 'its mask is not used: its grid is another one' 'a mask of another grid' "$prep" -o "$work/k3" "$work/task"
+expect 0 'axial: 182 slices, dropped 0' '--track 3d' "$prep" -o "$work/k4" --track 3d "$data"/mr_lesion/open_ms_mni/patient07/FLAIR*.nii.gz
+printf '{"Modality": "MR"}' >"$work/task/imagesTr/case.json"
+expect 0 'taken .*case_0000.nii.gz: MR' 'a sidecar that says MR' "$prep" -o "$work/k5" "$work/task"
 
 # --- a full disk
-(ulimit -f 200; expect 1 'File too large' 'a limit on file size' "$prep" -o "$work/f1" "$ct"; echo "$passed $failed" >"$work/counts")
+gunzip -c "$data/ct_seg/ts_example/example_ct.nii.gz" >"$work/whole_ct.nii"
+(ulimit -Sf 1500; expect 1 'File too large' 'a limit on file size' "$prep" -o "$work/f1" "$work/whole_ct.nii"; echo "$passed $failed" >"$work/counts")
 read -r passed failed <"$work/counts"
-[ -z "$(ls -A "$work/f1")" ] && good || bad "a full disk leaves $(ls "$work/f1")"
+[ "$(ls "$work/f1")" = resume.tsv ] && good || bad "a limit on file size leaves $(ls "$work/f1")"
+expect 0 'taken' 'going on after it' "$prep" -o "$work/f1" "$work/whole_ct.nii"
 mkdir "$work/disk"
 if mount -t tmpfs -o size=256k tmpfs "$work/disk" 2>/dev/null; then
     expect 1 'No space left' 'a full disk' "$prep" -o "$work/disk/f2" "$ct"
-    [ -z "$(ls -A "$work/disk/f2")" ] && good || bad "a full disk leaves $(ls "$work/disk/f2")"
+    [ "$(ls -A "$work/disk/f2")" = resume.tsv ] && good || bad "a full disk leaves $(ls "$work/disk/f2")"
     umount "$work/disk"
 else skip 'a full disk: no right to mount a tmpfs'; fi
 
@@ -222,19 +367,19 @@ expect 3 'phantom.shard is damaged: the checksum of slice 0 differs' 'verify of 
 head -c 100000 "$work/p/eval/phantom.shard" >"$work/cut.shard"
 expect 3 'cut.shard is cut short' 'info of a shard cut short' "$prep" --info "$work/cut.shard"
 
-# --- without niftilib
+# --- without the libraries
 if ${CC:-gcc} -std=gnu11 -O1 -I. prep/prep.c -o "$work/plain_prep" -lpthread -lm 2>/dev/null; then
-    expect 1 'built without niftilib; install it' 'NIfTI without niftilib' "$work/plain_prep" -o "$work/n1" "$work/ct.nii.gz"
-    expect 0 '' 'verify without niftilib' "$work/plain_prep" --verify "$work/p/eval"
-else skip 'a build without niftilib: no compiler'; fi
+    expect 3 'built without .*: install libnifti2-dev' 'NIfTI without its libraries' "$work/plain_prep" -o "$work/n1" "$work/ct.nii.gz"
+    expect 3 'built without GDCM; install libgdcm-dev' 'DICOM without GDCM' "$work/plain_prep" -o "$work/n2" "$data/bad/CT_small.dcm"
+    expect 0 '' 'verify without libraries' "$work/plain_prep" --verify "$work/p/eval"
+else bad 'a build without libraries'; fi
 
-# --- against nibabel
-if "$python" -c 'import nibabel, numpy' 2>/dev/null; then
-    if "$python" dev/oracle/prep_oracle.py "$prep" "$data"/ct_seg/ts_example/example_ct.nii.gz "$data"/ct_seg/ts_aorta/ct_cropped.nii.gz "$data"/orient/*.nii.gz \
-        "$data"/mr_seg/sct/{mt_t1w,t1_t1w,t2_t2}.nii.gz "$data"/mr_seg/mni/*_t1_*.nii.gz "$data"/mr_seq/open_ms/patient01/*FLAIR.nii.gz "$data"/fmt4d/*.nii.gz \
-        "$data"/mr_lesion/open_ms_mni/patient07/FLAIR*.nii.gz "$data"/ct_seg/brain_atlas/*.nii.gz >"$work/out" 2>&1; then good; else bad 'nibabel reads other values'; fi
-    sed 's/^/  nibabel: /' "$work/out"
-else skip 'the comparison with nibabel: no python3 with nibabel and numpy'; fi
+# --- against independent readers
+if "$python" -c 'import nibabel, numpy, pydicom, SimpleITK' 2>/dev/null; then
+    mkdir "$work/oracle"
+    if "$python" dev/oracle/prep_oracle.py "$prep" "$data" "$work/oracle" >"$work/out" 2>&1; then good; else bad 'pydicom, nibabel or SimpleITK read other values'; fi
+    tail -5 "$work/out" | sed 's/^/  oracle: /'
+else skip 'the comparison with pydicom, nibabel and SimpleITK: no python3 that has them'; fi
 
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ]

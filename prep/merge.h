@@ -1,0 +1,221 @@
+/*
+Sets of shards, made by several nodes or on several days, to one: files are linked (copied where links cannot be made), and
+only a shard that holds a volume which an earlier one holds too is written again, without it.
+
+  merge_sets       --merge
+*/
+#ifndef CURIA_MERGE_H
+#define CURIA_MERGE_H
+
+#include "output.h"
+
+typedef struct { int set; char path[PATH_SIZE]; uint64_t header_checksum; } MergeShard;
+typedef struct { int set, shard; uint64_t first, count, volume; } MergeCopy;   // slices of a shard that are there already
+
+typedef struct {
+    const char *out, *const *sets;
+    int n_sets;
+    MergeShard *shards;
+    int n_shards;
+    MergeCopy *copies;
+    int n_copies;
+    Output seen;                       // the contents so far
+} Merge;
+
+static inline void merge_list(Merge *m, const char *part) {
+    char folder[PATH_SIZE], reason[256];
+    m->n_shards = m->n_copies = 0;
+    for (int i = 0; i < m->n_sets; i++)
+        for (int k = 0;; k++) {
+            snprintf(folder, sizeof folder, "%.4000s%s%s/shard-%06d.shard", m->sets[i], *part ? "/" : "", part, k);
+            if (!file_exists(folder)) break;
+            m->shards = (MergeShard *)realloc(m->shards, (m->n_shards + 1) * sizeof *m->shards);
+            if (!m->shards) fail(STATUS_FAILED, "out of memory: %d shards", m->n_shards);
+            MergeShard *s = &m->shards[m->n_shards++];
+            s->set = i;
+            strcpy(s->path, folder);
+            Shard shard = {.path = s->path}, first = {.path = m->shards[0].path};
+            ShardHeader h;
+            for (int both = 0; both < 2; both++) {
+                int file, bad = shard_read_header(both ? &first : &shard, &h, &file, reason, sizeof reason);
+                if (file >= 0) close(file);
+                if (bad) fail(STATUS_DATA, "%s %s; make it again", both ? first.path : s->path, reason);
+            }
+            s->header_checksum = shard.header_checksum;
+            if (shard.names_checksum != first.names_checksum)
+                fail(STATUS_DATA, "%s and %s have different class names; make them with one table of --labels", first.path, s->path);
+        }
+}
+
+// Finds the volumes that an earlier set holds too: equal in every slice's checksum and plane.
+static inline void merge_find_copies(Merge *m) {
+    char reason[256];
+    uint64_t volume = 0, content = 0;
+    int set = -1, from = 0;            // from: the first of m->copies that is of this volume, if it is one
+    for (int i = 0; i <= m->n_shards; i++) {
+        Shard shard = {.path = i < m->n_shards ? m->shards[i].path : NULL};
+        if (shard.path && shard_map(&shard, reason, sizeof reason)) fail(STATUS_DATA, "%s %s; make it again", shard.path, reason);
+        const ShardSlice *s = shard.path ? shard_index(&shard) : NULL;
+        for (uint64_t k = 0; k < (s ? shard.slices : 1); k++) {
+            if (!s || s[k].volume_id != volume || m->shards[i].set != set) {
+                if (set >= 0 && !output_seen(&m->seen, content)) m->n_copies = from;  // new: its ranges are no copies
+                if (!s) break;
+                volume = s[k].volume_id, set = m->shards[i].set, content = 0, from = m->n_copies;
+            }
+            content = volume_content(content, &s[k]);
+            MergeCopy *last = m->n_copies > from ? &m->copies[m->n_copies - 1] : NULL;
+            if (last && last->shard == i) last->count++;
+            else {
+                m->copies = (MergeCopy *)realloc(m->copies, (m->n_copies + 1) * sizeof *m->copies);
+                if (!m->copies) fail(STATUS_FAILED, "out of memory: %d volumes are in two sets", m->n_copies);
+                m->copies[m->n_copies++] = (MergeCopy){set, i, k, 1, volume};
+            }
+        }
+        shard_unmap(&shard);
+    }
+}
+
+static inline void merge_copy_file(const char *from, const char *to) {
+    char partial[PATH_SIZE];
+    if (link(from, to) == 0) return;
+    snprintf(partial, sizeof partial, "%.4000s.partial", to);
+    int in = open(from, O_RDONLY | O_CLOEXEC);
+    if (in < 0) fail(STATUS_DATA, "%s: %s", from, strerror(errno));
+    FILE *out = file_create(partial);
+    static uint8_t buffer[1 << 20];
+    for (ssize_t n; (n = read(in, buffer, sizeof buffer)) != 0;) {
+        if (n < 0) fail(STATUS_FAILED, "%s: cannot read it: %s", from, strerror(errno));
+        if (fwrite(buffer, 1, (size_t)n, out) != (size_t)n) {
+            int error = errno;
+            unlink(partial);
+            fail(STATUS_FAILED, "%s: cannot write: %s", to, strerror(error));
+        }
+    }
+    close(in);
+    file_close(out, partial);
+    file_rename(partial, to);
+}
+
+// Writes shard i without the copies in it. Returns whether any slice was left.
+static inline int merge_rewrite(const Merge *m, int i, const char *to) {
+    char reason[256];
+    Shard shard = {.path = (char *)m->shards[i].path};
+    ShardWriter writer = {0};
+    if (shard_map(&shard, reason, sizeof reason)) fail(STATUS_DATA, "%s %s; make it again", shard.path, reason);
+    const ShardSlice *s = shard_index(&shard);
+    const ShardHeader *h = (const ShardHeader *)shard.mapping;
+    for (uint64_t k = 0; k < shard.slices; k++) {
+        int copy = 0;
+        for (int c = 0; c < m->n_copies; c++)
+            copy |= m->copies[c].shard == i && k >= m->copies[c].first && k < m->copies[c].first + m->copies[c].count;
+        if (copy) continue;
+        if (!writer.file) shard_writer_open(&writer, to);
+        shard_writer_add_block(&writer, &s[k], shard.mapping + s[k].pixel_offset);
+    }
+    int any = writer.file != NULL;
+    char *names = (char *)xmalloc(h->names_bytes + 1, "class names");
+    memcpy(names, shard.mapping + h->names_offset, h->names_bytes);
+    if (any) shard_writer_close(&writer, names);
+    free(names);
+    shard_unmap(&shard);
+    return any;
+}
+
+static inline int merge_part(Merge *m, const char *part) {
+    char folder[PATH_SIZE], to[PATH_SIZE], reason[256];
+    int made = 0;
+    merge_list(m, part);
+    if (m->n_shards == 0) return 0;
+    merge_find_copies(m);
+    snprintf(folder, sizeof folder, "%.4000s%s%s", m->out, *part ? "/" : "", part);
+    file_make_dirs(folder);
+    for (int i = 0; i < m->n_shards; i++) {
+        snprintf(to, sizeof to, "%.4000s/shard-%06d.shard", folder, made);
+        int copies = 0;
+        for (int c = 0; c < m->n_copies; c++) copies |= m->copies[c].shard == i;
+        Shard there = {.path = to};
+        ShardHeader h;
+        int file = -1, same = 0;
+        if (file_exists(to)) {
+            same = !shard_read_header(&there, &h, &file, reason, sizeof reason) && there.header_checksum == m->shards[i].header_checksum;
+            if (file >= 0) close(file);
+            if (!same && !copies) fail(STATUS_USAGE, "%s holds other shards already; give another folder, or remove them", folder);
+        }
+        if (copies) made += merge_rewrite(m, i, to);
+        else {
+            if (!same) merge_copy_file(m->shards[i].path, to);
+            made++;
+        }
+    }
+    snprintf(to, sizeof to, "%.4000s/shard-%06d.shard", folder, made);
+    if (file_exists(to)) fail(STATUS_USAGE, "%s holds other shards already; give another folder, or remove them", folder);
+    file_sync_dir(folder);
+    return made;
+}
+
+// The sets' rows in the order of the sets; those of a copy say so.
+static inline Totals merge_report(const Merge *m, FILE *report) {
+    Totals t = {0};
+    char path[PATH_SIZE], *line = NULL, *field[ROW_COUNT];
+    size_t room = 0;
+    uint64_t number = 0;
+    fprintf(report, "number\t" ROW_COLUMNS "\n");
+    for (int i = 0; i < m->n_sets; i++) {
+        FILE *f = fopen(path_join(path, m->sets[i], "report.tsv"), "r");
+        if (!f) {
+            warn("%s: %s: the merged report will lack its rows", path, strerror(errno));
+            continue;
+        }
+        for (int first = 1; getline(&line, &room, f) > 0; first = 0) {
+            if (first && strcmp(line, "number\t" ROW_COLUMNS "\n")) fail(STATUS_DATA, "%s has other columns than this prep writes", path);
+            if (first) continue;
+            row_cut(line, field);
+            uint64_t volume = strtoull(field[ROW_VOLUME], NULL, 16);
+            for (int c = 0; c < m->n_copies; c++)
+                if (m->copies[c].set == i && m->copies[c].volume == volume) {
+                    field[ROW_STATUS] = "rejected";
+                    field[ROW_REASON] = (char *)reason_names[REASON_DUPLICATE];
+                    field[ROW_DETAIL] = (char *)reason_texts[REASON_DUPLICATE];
+                    field[ROW_SLICES] = field[ROW_MASKS] = "0";
+                }
+            totals_add(&t, field);
+            fprintf(report, "%llu", (unsigned long long)++number);
+            for (int k = 0; k < ROW_COUNT; k++) fprintf(report, "\t%s", field[k]);
+            fputc('\n', report);
+        }
+        fclose(f);
+    }
+    free(line);
+    return t;
+}
+
+// Merges the shards of n sets into out; parts of --split stay apart.
+static inline void merge_sets(const char *out, const char *const *sets, int n) {
+    Merge m = {.out = out, .sets = sets, .n_sets = n};
+    Options o = {.out = out};
+    Prep prep = {.options = &o};
+    int shards = 0, copies = 0;
+    m.seen.prep = &prep;
+    MergeCopy *all = NULL;
+    file_make_dirs(out);
+    for (int i = -1; i < MOST_PARTS; i++) {
+        shards += merge_part(&m, i < 0 ? "" : part_names[i]);
+        all = (MergeCopy *)realloc(all, (copies + m.n_copies + 1) * sizeof *all);
+        if (m.n_copies) memcpy(all + copies, m.copies, m.n_copies * sizeof *all);
+        copies += m.n_copies;
+    }
+    if (shards == 0) fail(STATUS_DATA, "%s holds no shard-000000.shard", sets[0]);
+    free(m.copies);
+    m.copies = all, m.n_copies = copies;
+    char path[PATH_SIZE];
+    FILE *report = aside_open(&m.seen, "report.tsv", 0666, path);
+    Totals t = merge_report(&m, report);
+    aside_close(report, path);
+    fprintf(stderr, "%d shards of %d sets in %s: %llu volumes taken; %d copies of volumes left out\n", shards, n, out,
+            (unsigned long long)t.taken, copies);
+    free(m.shards);
+    free(m.copies);
+    free(m.seen.seen);
+}
+
+#endif
