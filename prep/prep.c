@@ -216,34 +216,34 @@ static Command parse_options(int argc, char **argv) {
 // ------------------------------------------------------------------------------------------------------------------- pack
 
 // What the calls of the pool work on: `todo` lists the series that are not done yet.
-typedef struct { Prep *prep; Output *output; uint64_t *todo, tasks; double start, shown; const char *doing; } Run;
+typedef struct { Prep *prep; Output *output; uint64_t *todo, tasks; double start, shown; const char *doing; } Job;
 
 static void scan_work(void *context, Pool *pool, int64_t task, PoolResult *result) {
-    scan_batch(((Run *)context)->prep, pool, task, result);
+    scan_batch(((Job *)context)->prep, pool, task, result);
 }
 
 static void scan_take(void *context, int64_t task, const uint8_t *result, size_t bytes) {
-    Index *x = &((Run *)context)->prep->index;
+    Index *x = &((Job *)context)->prep->index;
     (void)task;
     if (bytes) mapped_add(&x->records, result, bytes);
     x->n_records += bytes / sizeof(Record);
 }
 
 static void pack_work(void *context, Pool *pool, int64_t task, PoolResult *result) {
-    Run *run = (Run *)context;
-    pack_series(run->prep, pool, (int64_t)run->todo[task], result);
+    Job *job = (Job *)context;
+    pack_series(job->prep, pool, (int64_t)job->todo[task], result);
 }
 
 static void pack_take(void *context, int64_t task, const uint8_t *result, size_t bytes) {
-    Run *run = (Run *)context;
+    Job *job = (Job *)context;
     (void)bytes;
-    output_take(run->output, run->todo[task], result);
+    output_take(job->output, job->todo[task], result);
 }
 
 // A file's worker died: the file is marked, so that the task goes on without it.
 static void pack_died(void *context, int64_t task, int64_t item, int kind, const char *why) {
     static const uint8_t reasons[] = {[POOL_CRASHED] = REASON_CRASHED, [POOL_LATE] = REASON_LATE, [POOL_MEMORY] = REASON_MEMORY};
-    Index *x = &((Run *)context)->prep->index;
+    Index *x = &((Job *)context)->prep->index;
     (void)task;
     index_file(x, (uint64_t)item)->reason = reasons[kind];
     warn("%s: %s", index_path(x, (uint64_t)item), why);
@@ -251,30 +251,30 @@ static void pack_died(void *context, int64_t task, int64_t item, int kind, const
 
 // A live line on a terminal, a plain one every ten seconds elsewhere.
 static void pack_tick(void *context, int64_t taken) {
-    Run *run = (Run *)context;
+    Job *job = (Job *)context;
     double now = seconds_now();
     int live = isatty(2);
-    if (now - run->shown < (live ? 0.2 : 10)) return;
-    run->shown = now;
-    fprintf(stderr, "%s%s %lld of %llu, %.0f s", live ? "\r\033[K" : "", run->doing, (long long)taken, (unsigned long long)run->tasks,
-            now - run->start);
-    if (run->output) fprintf(stderr, ", %llu slices", (unsigned long long)run->output->taken_slices);
+    if (now - job->shown < (live ? 0.2 : 10)) return;
+    job->shown = now;
+    fprintf(stderr, "%s%s %lld of %llu, %.0f s", live ? "\r\033[K" : "", job->doing, (long long)taken, (unsigned long long)job->tasks,
+            now - job->start);
+    if (job->output) fprintf(stderr, ", %llu slices", (unsigned long long)job->output->taken_slices);
     fputs(live ? "" : "\n", stderr);
 }
 
 static void pack(const Options *o, char **arguments, int n) {
     Prep prep = {.options = o, .index = index_open(o->share_of, o->shares)};
-    Run run = {.prep = &prep, .start = seconds_now(), .shown = seconds_now(), .doing = "batches of files looked at:"};
+    Job job = {.prep = &prep, .start = seconds_now(), .shown = seconds_now(), .doing = "batches of files looked at:"};
     double decoding[2], working[2];
     uint64_t peak[2];
     if (o->labels) prep.labels = labels_read(o->labels);
     for (int i = 0; i < n; i++) index_walk(&prep.index, arguments[i], 0, 0);
     Pool pool = pool_open(o->jobs, o->time_limit, o->memory_limit);
-    run.tasks = (prep.index.n_files + BATCH_FILES - 1) / BATCH_FILES;
-    pool_run(&pool, (int64_t)run.tasks, &(PoolCalls){&run, scan_work, scan_take, pack_died, pack_tick});
+    job.tasks = (prep.index.n_files + BATCH_FILES - 1) / BATCH_FILES;
+    pool_run(&pool, (int64_t)job.tasks, &(PoolCalls){&job, scan_work, scan_take, pack_died, pack_tick});
     pool_close(&pool, &decoding[0], &working[0], &peak[0]);
     index_sort(&prep.index);
-    Output *output = run.output = output_open(&prep);
+    Output *output = job.output = output_open(&prep);
     if (output->complete) {
         fprintf(stderr, "%s is complete: these inputs and options made it; nothing to do\n", o->out);
         return;
@@ -282,13 +282,13 @@ static void pack(const Options *o, char **arguments, int n) {
     if (!o->salt_file && !o->dry_run)
         fprintf(stderr, "ids are keyed with the public salt: give --salt-file before sharing these shards outside\n");
     if (o->dry_run) printf(ROW_COLUMNS "\tfile\n");
-    run.todo = (uint64_t *)xmalloc((prep.index.n_series + 1) * sizeof *run.todo, "the series");
-    run.tasks = 0;
-    run.doing = "series done:";
+    job.todo = (uint64_t *)xmalloc((prep.index.n_series + 1) * sizeof *job.todo, "the series");
+    job.tasks = 0;
+    job.doing = "series done:";
     for (uint64_t i = 0; i < prep.index.n_series; i++)
-        if (!output_done(output, i)) run.todo[run.tasks++] = i;
+        if (!output_done(output, i)) job.todo[job.tasks++] = i;
     pool = pool_open(o->jobs, o->time_limit, o->memory_limit);
-    pool_run(&pool, (int64_t)run.tasks, &(PoolCalls){&run, pack_work, pack_take, pack_died, pack_tick});
+    pool_run(&pool, (int64_t)job.tasks, &(PoolCalls){&job, pack_work, pack_take, pack_died, pack_tick});
     pool_close(&pool, &decoding[1], &working[1], &peak[1]);
     double writing = seconds_now();
     Totals t = output_close(output);
@@ -314,7 +314,7 @@ static void pack(const Options *o, char **arguments, int n) {
             (unsigned long long)t.constant);
     fprintf(stderr, "%.1f s in all with %d workers: they spent %.3f s decoding and %.3f s otherwise; %.1f s at the end; "
                     "largest worker %.0f MiB\n",
-            seconds_now() - run.start, o->jobs, decoding[0] + decoding[1],
+            seconds_now() - job.start, o->jobs, decoding[0] + decoding[1],
             working[0] + working[1] - decoding[0] - decoding[1], seconds_now() - writing, (peak[0] > peak[1] ? peak[0] : peak[1]) / 1048576.0);
     if (t.patients == 1 && t.taken > 20) warn("all %d volumes are of one patient by --patient-from; see --help if that is wrong", (int)t.taken);
     if (slices && !o->dry_run)
