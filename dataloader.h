@@ -151,19 +151,32 @@ static inline void shard_writer_open(ShardWriter *w, const char *path) {
     w->offset = sizeof empty;
 }
 
+// Has the kernel begin to write out what it holds, so that the sync at the end finds little left to do.
+static inline void shard_writer_start_writing(ShardWriter *w) {
+#ifdef SYNC_FILE_RANGE_WRITE
+    sync_file_range(fileno(w->file), 0, 0, SYNC_FILE_RANGE_WRITE);
+#else
+    (void)w;
+#endif
+}
+
+static inline void shard_writer_check(ShardWriter *w, const ShardSlice *s) {
+    const char *reason = shard_slice_reason(s);
+    if (!reason) return;
+    shard_writer_abort(w);
+    fail(STATUS_FAILED, "a slice cannot be stored: %s", reason);
+}
+
 // Appends one slice whose bytes are laid out and summed up already (shard_slice_bytes of them): slice->mask_offset says
 // whether there is a mask; offsets are filled in here.
 static inline void shard_writer_add_block(ShardWriter *w, const ShardSlice *slice, const void *block) {
     ShardSlice s = *slice;
-    const char *reason = shard_slice_reason(&s);
-    if (reason) {
-        shard_writer_abort(w);
-        fail(STATUS_FAILED, "a slice cannot be stored: %s", reason);
-    }
+    shard_writer_check(w, &s);
     uint64_t bytes = shard_slice_bytes(&s);
     s.pixel_offset = w->offset;
     s.mask_offset = slice->mask_offset ? w->offset + 2 * (uint64_t)s.rows * s.cols : 0;
     if (fwrite(block, 1, bytes, w->file) != bytes) shard_writer_fail(w, "cannot write");
+    if (w->offset >> 24 != (w->offset + bytes) >> 24) shard_writer_start_writing(w);
     w->offset += bytes;
     if (w->slices == w->capacity) {
         w->capacity = w->capacity ? 2 * w->capacity : 256;
@@ -177,7 +190,7 @@ static inline void shard_writer_add_block(ShardWriter *w, const ShardSlice *slic
 static inline void shard_writer_add(ShardWriter *w, const ShardSlice *slice, const int16_t *pixels, const uint8_t *mask) {
     ShardSlice s = *slice;
     s.mask_offset = mask != NULL;
-    if (shard_slice_reason(&s)) shard_writer_add_block(w, &s, NULL);     // which fails, before a size is believed
+    shard_writer_check(w, &s);
     uint64_t count = (uint64_t)s.rows * s.cols, used = count * (mask ? 3 : 2), bytes = shard_slice_bytes(&s);
     if (bytes > w->buffer_bytes) {
         free(w->buffer);

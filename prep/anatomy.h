@@ -15,8 +15,9 @@ Where the body is in a slice, and the statistics of a volume: what prep and the 
 
 // CT: -500 HU. Else, from Otsu's threshold (IEEE Trans. SMC 9, 1979) of the values between the 1st and 99.9th percentiles: a
 // quarter of the way to it from the former, because Otsu alone calls muscle and scalp noise where fat or brain is bright;
-// raised to 2.5 times the mean of what lies below half-way, which is the noise where air is not stored as zero (of Rayleigh
-// noise 0.7 % is above that), but at most to half-way. values: n of the whole volume, all finite.
+// raised to 3 times the commonest value below half-way, which is the deviation of the noise where air is not stored as zero
+// (1.1 % of Rayleigh noise is above), unless that value is above the quarter: tissue, then, in an image without air. values: n
+// of the whole volume, all finite.
 static inline float anatomy_threshold(const float *values, size_t n, int modality) {
     if (modality == MODALITY_CT) return -500;
     enum { BINS = 65536 };
@@ -29,15 +30,15 @@ static inline float anatomy_threshold(const float *values, size_t n, int modalit
     uint64_t *count = (uint64_t *)xmalloc(BINS * sizeof *count, "a histogram");
     double per_bin = ((double)high - low) / BINS;
     for (size_t i = 0; i < n; i++) {
-        int bin = (int)((values[i] - low) / per_bin);
+        int bin = (int)(((double)values[i] - low) / per_bin);
         count[bin < BINS ? bin : BINS - 1]++;
     }
     int from = 0, to = BINS - 1;
     uint64_t below = count[0], above = count[BINS - 1];
     while (below <= n / 100 && from < BINS - 2) below += count[++from];
     while (above <= n / 1000 && to > from + 1) above += count[--to];
-    double all = 0, sum = 0, left = 0, left_sum = 0, best = -1, dark = 0, noise = 0;
-    int otsu = 0;
+    double all = 0, sum = 0, left = 0, left_sum = 0, best = -1, most = -1, noise = 0;
+    int otsu = 0, first = from;
     for (int i = from; i <= to; i++) {
         all += count[i];
         sum += (double)(i - from) * count[i];
@@ -47,18 +48,18 @@ static inline float anatomy_threshold(const float *values, size_t n, int modalit
         left_sum += (double)(i - from) * count[i];
         if (left == 0 || left == all) continue;
         double apart = left_sum / left - (sum - left_sum) / (all - left), between = left * (all - left) * apart * apart;
-        if (between > best) {
-            best = between;
-            otsu = i - from + 1;
-        }
+        if (between > best) first = i;
+        best = fmax(best, between);
+        if (between == best) otsu = (first + i) / 2 - from + 1; // the middle of a gap
     }
-    for (int i = from; i < from + otsu / 2; i++) {
-        dark += count[i];
-        noise += (double)(i - from) * count[i];
+    for (int k = 0; k < 32; k++) {
+        double some = 0;
+        for (int i = from + otsu * k / 64; i < from + otsu * (k + 1) / 64; i++) some += count[i];
+        if (some > most) noise = otsu * (k + 0.5) / 64;
+        most = fmax(most, some);
     }
     free(count);
-    double bin = fmin(fmax(0.25 * otsu, 2.5 * noise / fmax(dark, 1)), 0.5 * otsu);
-    return (float)(low + per_bin * (from + bin));
+    return (float)(low + per_bin * (from + fmax(0.25 * otsu, noise > 0.25 * otsu ? 0 : 3 * noise)));
 }
 
 // scale * pixel + intercept > value just where (pixel ^ *flip) >= the result (-32768..32768), so that no pixel need be
@@ -84,13 +85,13 @@ static inline void mask_not(Mask *m) {
         for (int r = 1; r <= m->rows; r++) m->bits[(size_t)r * m->words - 1] &= ~0ull >> (64 - m->cols % 64);
 }
 
-// Dilation: sets what is at most `down` rows and `across` columns from a bit that is set. After passes that reach 2k + 1 bits
-// a pass can add 2k + 1 more on each side; across, a shift stays below a word. May set bits past the last column; mask_not and
-// mask_next do not count them.
+// Dilation: sets what is at most `down` rows and `across` columns from a bit that is set. A pass adds to the k on each side
+// k + 1 more, not 2k + 1, which would come through bits outside the image; across, a shift stays below a word. May set bits
+// past the last column; mask_not and mask_next do not count them.
 static inline void mask_grow(Mask *m, int down, int across) {
     size_t words = m->words, n = m->rows * words;
     for (int k = 0, step; k < across; k += step) {
-        step = across - k < 2 * k + 1 ? across - k : 2 * k + 1;
+        step = across - k < k + 1 ? across - k : k + 1;
         if (step > 63) step = 63;
         for (size_t r = 0; r < n; r += words) {
             uint64_t left = 0;
@@ -102,7 +103,7 @@ static inline void mask_grow(Mask *m, int down, int across) {
         }
     }
     for (int k = 0, step; k < down; k += step) {
-        step = down - k < 2 * k + 1 ? down - k : 2 * k + 1;
+        step = down - k < k + 1 ? down - k : k + 1;
         memcpy(m->copy, m->bits, n * sizeof *m->bits);
         for (size_t i = step * words; i < n; i++) m->bits[i] |= m->copy[i - step * words];
         for (size_t i = step * words; i < n; i++) m->bits[i - step * words] |= m->copy[i];
@@ -207,7 +208,7 @@ static inline double sums_deviations(int64_t n, int64_t sum, int64_t squares, do
 }
 
 // Fills box, centre and spread of *s (pixels) from pixels [rows][cols]; reads its spacings and modality. The body is what is
-// above the threshold and stays after an opening with a square of 10 mm (1/32 of the slice's shorter side where that is less,
+// above the threshold and stays after an opening with a square of 8 mm (1/32 of the slice's shorter side where that is less,
 // but 3 pixels), of every piece whose core has at least 1/32 of the largest core's pixels, with its holes. Where that core is
 // less than 1/16 of the foreground, the square's side is halved. Returns the fraction of all pixels above the threshold;
 // where that is 0 the whole slice is the body.
@@ -225,7 +226,7 @@ static inline double slice_anatomy(const int16_t *pixels, int rows, int cols, fl
     // In MR black bone parts the scalp from the brain. In CT a hollow table must not be filled here: it would be thick as a body.
     if (s->modality != MODALITY_CT) mask_fill(&m);
     memcpy(foreground, m.bits, n * sizeof *foreground);
-    double reach = fmin(5, fmin((double)rows * s->spacing_row, (double)cols * s->spacing_col) / 64);
+    double reach = fmin(4, fmin((double)rows * s->spacing_row, (double)cols * s->spacing_col) / 64);
     int down = (int)fmax(1, reach / s->spacing_row - 0.5), across = (int)fmax(1, reach / s->spacing_col - 0.5);
     for (;; down /= 2, across /= 2) {           // table, blanket, wires and thin contacts go; fingers stay at a smaller radius
         mask_shrink(&m, down, across);

@@ -87,7 +87,7 @@ static inline int native_plane(const Volume *v) {
 
 static inline float volume_threshold(const Volume *v, int modality) {
     if (modality == MODALITY_CT) return anatomy_threshold(NULL, 0, modality);
-    size_t count = (size_t)v->n[0] * v->n[1] * v->n[2], step = count / 1000003 + 1, n = 0, slice = (size_t)v->n[0] * v->n[1];
+    size_t count = (size_t)v->n[0] * v->n[1] * v->n[2], step = count / 250007 + 1, n = 0, slice = (size_t)v->n[0] * v->n[1];
     float *sample = (float *)xmalloc((count / step + 1) * sizeof *sample, "a threshold");
     for (size_t i = 0; i < count; i += step) {
         float scale = v->slice_scale ? v->slice_scale[i / slice] : v->scale;
@@ -368,7 +368,8 @@ static inline void pack_rank(Packing *p, DicomOpen *d, const int *rank, int want
                 v.n[0] = d->header.cols, v.n[1] = d->header.rows;
                 snprintf(series, sizeof series, "%s", d->header.series);
                 snprintf(result->format, sizeof result->format, "DICOM %s", d->header.syntax_name);
-                raw = (uint8_t *)xmalloc(bytes * p->count, "a series");
+                raw = (uint8_t *)malloc(bytes * p->count);
+                if (!raw) fail(STATUS_FAILED, "out of memory: a series of %.1f GiB", bytes * p->count / 1073741824.0);
             }
         }
         if (!bad) bad = dicom_frame(p, d, &r[i], raw + bytes * n, bytes, reason, sizeof reason);

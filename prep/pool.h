@@ -15,6 +15,8 @@ at, which the parent marks; the task is then done again without it.
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <malloc.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -22,6 +24,8 @@ at, which the parent marks; the task is then done again without it.
 #include <sys/wait.h>
 
 #include "../curia/log.h"
+
+enum { KEPT_BYTES = 64 << 20 };         // of the memory of a result, kept for the next one
 
 typedef struct { int file; off_t at; } PoolResult;
 
@@ -44,7 +48,7 @@ typedef struct {
     int *results;                      // [slots] memory files, inherited by the workers
     int *errors;                       // [jobs] what a worker says on stderr
     int64_t *task;                     // [slots] -1: free
-    uint8_t *done;                     // [slots]
+    off_t *done;                       // [slots] bytes of the result; -1: not yet
 } Pool;
 
 typedef struct {
@@ -84,10 +88,10 @@ static inline Pool pool_open(int jobs, double time_limit, uint64_t memory_limit)
     p.results = (int *)xmalloc(p.slots * sizeof *p.results, "workers");
     p.errors = (int *)xmalloc(jobs * sizeof *p.errors, "workers");
     p.task = (int64_t *)xmalloc(p.slots * sizeof *p.task, "workers");
-    p.done = (uint8_t *)xmalloc(p.slots, "workers");
+    p.done = (off_t *)xmalloc(p.slots * sizeof *p.done, "workers");
     p.shown = (PoolShown *)mmap(NULL, jobs * sizeof *p.shown, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     int bad = p.shown == MAP_FAILED;
-    for (int i = 0; i < p.slots; i++) bad |= (p.results[i] = memfd_create("result", MFD_CLOEXEC)) < 0, p.task[i] = -1;
+    for (int i = 0; i < p.slots; i++) bad |= (p.results[i] = memfd_create("result", MFD_CLOEXEC)) < 0, p.task[i] = p.done[i] = -1;
     for (int i = 0; i < jobs; i++) bad |= (p.errors[i] = memfd_create("errors", MFD_CLOEXEC)) < 0;
     if (bad) fail(STATUS_FAILED, "cannot set up %d workers: %s; use fewer --jobs", jobs, strerror(errno));
     return p;
@@ -100,6 +104,8 @@ __attribute__((noreturn)) static inline void pool_serve(Pool *p, int number, int
     dup2(nothing, 0);
     dup2(nothing, 1);
     dup2(p->errors[number], 2);
+    mallopt(M_MMAP_MAX, 0);            // memory of one series serves the next, and its pages are not asked for again
+    mallopt(M_TRIM_THRESHOLD, INT_MAX);
     struct rlimit file;                // results are no files on a disk
     if (getrlimit(RLIMIT_FSIZE, &file) == 0) file.rlim_cur = file.rlim_max, setrlimit(RLIMIT_FSIZE, &file);
 #ifndef __SANITIZE_ADDRESS__
@@ -115,7 +121,8 @@ __attribute__((noreturn)) static inline void pool_serve(Pool *p, int number, int
         shown->item = -1;
         shown->working += seconds_now() - start;
         shown->peak = peak_memory();
-        if (write(to, &order.slot, sizeof order.slot) != sizeof order.slot) break;
+        struct { int slot; off_t bytes; } answer = {order.slot, result.at};
+        if (write(to, &answer, sizeof answer) != sizeof answer) break;
     }
     _exit(0);
 }
@@ -190,22 +197,21 @@ static inline void pool_run(Pool *p, int64_t n, const PoolCalls *calls) {
             if (order.slot < 0) break;
             order.task = p->task[order.slot];
             if (w->pid <= 0) pool_start(p, i, calls);
-            p->done[order.slot] = 0;
+            p->done[order.slot] = -1;
             w->slot = order.slot;
-            if (ftruncate(p->results[order.slot], 0) || write(w->to, &order, sizeof order) != sizeof order)
-                kill(w->pid, SIGKILL);   // it is dying already: buried below
+            if (write(w->to, &order, sizeof order) != sizeof order) kill(w->pid, SIGKILL); // it is dying already: buried below
         }
         for (int i = 0; i < p->jobs; i++) wait[i] = (struct pollfd){p->workers[i].pid > 0 ? p->workers[i].from : -1, POLLIN, 0};
         poll(wait, p->jobs, 200);
         for (int i = 0; i < p->jobs; i++) {
             PoolWorker *w = &p->workers[i];
-            int slot;
+            struct { int slot; off_t bytes; } answer;
             if (w->pid <= 0) continue;
-            if (wait[i].revents && read(w->from, &slot, sizeof slot) == sizeof slot) {
-                p->done[slot] = 1;
+            if (wait[i].revents && read(w->from, &answer, sizeof answer) == sizeof answer) {
+                p->done[answer.slot] = answer.bytes;
                 w->slot = -1;
             } else if (wait[i].revents) {
-                slot = w->slot;
+                int slot = w->slot;
                 pool_bury(p, i, calls);
                 if (slot >= 0) again[n_again++] = slot;
             } else if (p->shown[i].item >= 0 && seconds_now() - p->shown[i].since > p->time_limit && !w->late) {
@@ -214,14 +220,15 @@ static inline void pool_run(Pool *p, int64_t n, const PoolCalls *calls) {
             }
         }
         for (int s = 0; s < p->slots; s++) {
-            if (!p->done[s] || p->task[s] != taken) continue;
-            off_t bytes = lseek(p->results[s], 0, SEEK_END);
-            void *result = bytes ? mmap(NULL, (size_t)bytes, PROT_READ, MAP_SHARED, p->results[s], 0) : NULL;
+            if (p->done[s] < 0 || p->task[s] != taken) continue;
+            off_t bytes = p->done[s];
+            void *result = bytes ? mmap(NULL, (size_t)bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, p->results[s], 0) : NULL;
             if (result == MAP_FAILED) fail(STATUS_FAILED, "out of memory: a result of %lld bytes", (long long)bytes);
             calls->take(calls->context, taken, (const uint8_t *)result, (size_t)bytes);
             if (result) munmap(result, (size_t)bytes);
-            if (ftruncate(p->results[s], 0)) fail(STATUS_FAILED, "cannot free a result: %s", strerror(errno));
-            p->done[s] = 0;
+            if (bytes > KEPT_BYTES && ftruncate(p->results[s], KEPT_BYTES))
+                fail(STATUS_FAILED, "cannot free a result: %s", strerror(errno));
+            p->done[s] = -1;
             p->task[s] = -1;
             taken++;
             s = -1;                      // the next one may be there already

@@ -230,7 +230,8 @@ static inline char *preview_path(char *path, const char *folder, int sheet) {
 static inline void preview_save(const PreviewSheet *s, const char *path) {
     char partial[PATH_SIZE + 16];
     snprintf(partial, sizeof partial, "%s.partial", path);
-    png_image image = {.version = PNG_IMAGE_VERSION, .width = s->width, .height = s->height, .format = PNG_FORMAT_RGB};
+    png_image image = {.version = PNG_IMAGE_VERSION, .width = s->width, .height = s->height, .format = PNG_FORMAT_RGB,
+                       .flags = PNG_IMAGE_FLAG_FAST};
     FILE *file = file_create(partial);
     if (!png_image_write_to_stdio(&image, file, 0, s->rgb, 0, NULL)) {
         unlink(partial);     // where the disk is full, its room is wanted

@@ -266,7 +266,11 @@ static inline int volume_store(Volume *v, const void *data, int type, double slo
     }
     v->scale = (float)(slope * step);
     v->intercept = (float)(slope * offset + inter);
-    v->pixels = (int16_t *)xmalloc(count * sizeof *v->pixels, "a volume");
+    v->pixels = (int16_t *)malloc(count * sizeof *v->pixels);  // all of it is written below
+    if (!v->pixels) {
+        snprintf(reason, size, "%.1f GiB of voxels do not fit in memory", count * sizeof *v->pixels / 1073741824.0);
+        return -1;
+    }
     v->clipped = RAW_CALL(store, type, data, count, fill, offset, step, v->pixels);
     if (v->not_numbers) volume_note(v, "%lld voxels are NaN or infinite: set to the lowest value", (long long)v->not_numbers);
     if (v->clipped) volume_note(v, "%lld outlying voxels clipped to %g", (long long)v->clipped, slope * r.high + inter);

@@ -9,7 +9,10 @@ Tests of dataloader.h, prep/anatomy.h and prep/phantom.h. Prints a line for each
   test_shards     what is written is read; every flipped byte and every shorter length is refused
   test_dataset    many shards in few mappings, lazily; identity; class names; prefetch finds a bad slice
   test_writer     an unfinished or failing write leaves nothing
-  test_anatomy    box, centre, spread, statistics against values worked out by hand
+  test_body       box, centre and spread of drawn CT slices: tables, lungs, limbs, metal, padding, odd sizes
+  test_head       a drawn MR slice, and thresholds
+  test_masks      the anatomy of random masks and dilations against their definition, pixel by pixel
+  test_moments    comparisons of pixels, mean and deviation against doubles
   test_phantom    the same seed gives the same bytes; patients of train and eval are apart
 */
 #define DATASET_MAX_OPEN 8
@@ -413,33 +416,346 @@ static void test_writer(void) {
     check(access(path, F_OK) && access(partial, F_OK), "an abandoned shard leaves a file");
 }
 
-static void test_anatomy(void) {
-    enum { R = 40, C = 60 };
-    float v[R * C];
-    for (int i = 0; i < R * C; i++) v[i] = -1000;
-    for (int r = 10; r < 21; r++) for (int c = 20; c < 41; c++) v[r * C + c] = 50;      // a body of 11 x 21
-    for (int c = 0; c < C; c++) v[30 * C + c] = 100;                                    // a table one pixel thick
-    ShardSlice s;
-    double part = slice_anatomy(v, R, C, anatomy_threshold(v, R * C, MODALITY_CT), &s);
-    check(s.box_top == 10 && s.box_bottom == 21 && s.box_left == 20 && s.box_right == 41, "box %d %d %d %d", s.box_top, s.box_left,
-          s.box_bottom, s.box_right);
-    check(fabs(s.centre_row - 15.5) < 1e-5 && fabs(s.centre_col - 30.5) < 1e-5, "centre %g %g", s.centre_row, s.centre_col);
-    check(fabs(s.spread_row - sqrt((9 * 9 - 1) / 12.0)) < 1e-5 && fabs(s.spread_col - sqrt((19 * 19 - 1) / 12.0)) < 1e-5,
-          "spread %g %g", s.spread_row, s.spread_col);
-    check(fabs(part - (11 * 21 + 60) / 2400.0) < 1e-9, "foreground %g", part);
-    for (int i = 0; i < R * C; i++) v[i] = -1000;
-    slice_anatomy(v, R, C, -500, &s);
-    check(s.box_top == 0 && s.box_bottom == R && s.box_right == C && s.centre_row == 20, "an empty slice has a box");
-    Rng r = rng_at(1, RNG_TEST, 0, 0, 0);
-    for (int i = 0; i < R * C; i++) v[i] = (float)(fabs(10 * rng_normal(&r)) + (i % 3 ? 0 : 400 + 80 * rng_normal(&r)));
-    float t = anatomy_threshold(v, R * C, MODALITY_MR);
-    check(t > 40 && t < 200, "an MR threshold between noise of 10 and tissue of 400 is %g", t);
+// ---------------------------------------------------------------------------------------------------------------- anatomy
+
+// A slice to draw on: rows [0, rows) and columns [0, cols) of pixels, in HU.
+typedef struct { int rows, cols; float mm; int modality; int16_t *pixels; } Picture;
+
+static Picture picture(int rows, int cols, float mm, int modality, int16_t value) {
+    Picture p = {rows, cols, mm, modality, (int16_t *)xmalloc(2 * (size_t)rows * cols, "a picture")};
+    for (int i = 0; i < rows * cols; i++) p.pixels[i] = value;
+    return p;
+}
+
+static void paint_box(Picture *p, int top, int left, int bottom, int right, int16_t value) {
+    for (int r = top; r < bottom; r++) for (int c = left; c < right; c++) p->pixels[r * p->cols + c] = value;
+}
+
+static void paint_ellipse(Picture *p, double row, double col, double down, double across, int16_t value) {
+    for (int r = 0; r < p->rows; r++)
+        for (int c = 0; c < p->cols; c++) {
+            double y = (r + 0.5 - row) / down, x = (c + 0.5 - col) / across;
+            if (x * x + y * y < 1) p->pixels[r * p->cols + c] = value;
+        }
+}
+
+static ShardSlice anatomy_of(const Picture *p, float threshold) {
+    ShardSlice s = {.spacing_row = p->mm, .spacing_col = p->mm, .modality = (uint8_t)p->modality};
+    slice_anatomy(p->pixels, p->rows, p->cols, 1, 0, threshold, &s);
+    return s;
+}
+
+// The box within `slack` pixels of the given one; returns the anatomy.
+static ShardSlice check_box(const char *what, const Picture *p, float threshold, int top, int left, int bottom, int right,
+                            int slack) {
+    ShardSlice s = anatomy_of(p, threshold);
+    check(abs(s.box_top - top) <= slack && abs(s.box_left - left) <= slack && abs(s.box_bottom - bottom) <= slack &&
+              abs(s.box_right - right) <= slack,
+          "%s: box %d %d %d %d, not %d %d %d %d", what, s.box_top, s.box_left, s.box_bottom, s.box_right, top, left, bottom,
+          right);
+    return s;
+}
+
+static int same_anatomy(const ShardSlice *a, const ShardSlice *b) {
+    return !memcmp(&a->box_top, &b->box_top, offsetof(ShardSlice, label) - offsetof(ShardSlice, box_top));
+}
+
+// The definition of slice_anatomy in bytes, pixel by pixel: [rows][cols] of 0 and 1.
+static void naive_grow(uint8_t *mask, int rows, int cols, int down, int across, uint8_t value) {
+    uint8_t *from = (uint8_t *)xmalloc((size_t)rows * cols, "a mask");
+    for (int pass = 0; pass < 2; pass++) {
+        memcpy(from, mask, (size_t)rows * cols);
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < cols; c++)
+                for (int k = pass ? -across : -down; k <= (pass ? across : down); k++) {
+                    int y = pass ? r : r + k, x = pass ? c + k : c;
+                    if (y >= 0 && y < rows && x >= 0 && x < cols && from[y * cols + x] == value) mask[r * cols + c] = value;
+                }
+    }
+    free(from);
+}
+
+// Writes `value` over the component of `mask` at pixel `at`; returns its pixels and whether it touches the edge.
+static int naive_flood(uint8_t *mask, int rows, int cols, int at, uint8_t value, int *edge) {
+    int *stack = (int *)xmalloc(sizeof(int) * rows * cols, "a stack"), depth = 0, size = 0;
+    uint8_t old = mask[at];
+    *edge = 0;
+    mask[at] = value;
+    for (stack[depth++] = at; depth; size++) {
+        int i = stack[--depth], r = i / cols, c = i % cols;
+        *edge |= r == 0 || r == rows - 1 || c == 0 || c == cols - 1;
+        if (r > 0 && mask[i - cols] == old) mask[i - cols] = value, stack[depth++] = i - cols;
+        if (r < rows - 1 && mask[i + cols] == old) mask[i + cols] = value, stack[depth++] = i + cols;
+        if (c > 0 && mask[i - 1] == old) mask[i - 1] = value, stack[depth++] = i - 1;
+        if (c < cols - 1 && mask[i + 1] == old) mask[i + 1] = value, stack[depth++] = i + 1;
+    }
+    free(stack);
+    return size;
+}
+
+static void naive_fill(uint8_t *mask, int rows, int cols) {
+    for (int i = 0, edge; i < rows * cols; i++)
+        if (mask[i] == 0 && (naive_flood(mask, rows, cols, i, 2, &edge), !edge)) naive_flood(mask, rows, cols, i, 1, &edge);
+    for (int i = 0; i < rows * cols; i++) mask[i] = mask[i] == 1;
+}
+
+static ShardSlice naive_anatomy(const uint8_t *mask, int rows, int cols, float mm, int modality) {
+    size_t n = (size_t)rows * cols;
+    uint8_t *fore = (uint8_t *)xmalloc(n, "a mask"), *m = (uint8_t *)xmalloc(n, "a mask");
+    int above = 0, edge;
+    for (size_t i = 0; i < n; i++) above += mask[i];
+    for (size_t i = 0; i < n; i++) fore[i] = mask[i] || !above;
+    if (modality != MODALITY_CT) naive_fill(fore, rows, cols);
+    double side = (rows < cols ? rows : cols) * mm / 32.0;
+    for (int k = (int)fmax(1, fmin(8, side) / 2 / mm - 0.5);; k /= 2) {
+        int largest = 0;
+        memcpy(m, fore, n);
+        naive_grow(m, rows, cols, k, k, 0);
+        for (size_t i = 0; i < n; i++)
+            if (m[i] == 1) largest = (int)fmax(largest, naive_flood(m, rows, cols, (int)i, 2, &edge));
+        for (size_t i = 0; i < n; i++)
+            if (m[i] == 2 && naive_flood(m, rows, cols, (int)i, 3, &edge) * 32 < largest)
+                naive_flood(m, rows, cols, (int)i, 0, &edge);
+        for (size_t i = 0; i < n; i++) m[i] = m[i] != 0;
+        if (largest * 16 < above && k) continue;
+        naive_grow(m, rows, cols, 3 * k, 3 * k, 1);
+        for (size_t i = 0; i < n; i++) m[i] &= fore[i];
+        naive_fill(m, rows, cols);
+        naive_grow(m, rows, cols, k, k, 0);
+        naive_grow(m, rows, cols, k, k, 1);
+        break;
+    }
+    ShardSlice s = {.box_top = rows, .box_left = cols};
+    double size = 0, mean_r = 0, mean_c = 0, spread_r = 0, spread_c = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int i = 0; i < (int)n; i++) {
+            int r = i / cols, c = i % cols;
+            if (!m[i]) continue;
+            if (pass) {
+                spread_r += (r - mean_r / size) * (r - mean_r / size);
+                spread_c += (c - mean_c / size) * (c - mean_c / size);
+                continue;
+            }
+            size++, mean_r += r, mean_c += c;
+            if (r < s.box_top) s.box_top = r;
+            if (r >= s.box_bottom) s.box_bottom = r + 1;
+            if (c < s.box_left) s.box_left = c;
+            if (c >= s.box_right) s.box_right = c + 1;
+        }
+    s.centre_row = (float)(mean_r / size + 0.5), s.centre_col = (float)(mean_c / size + 0.5);
+    s.spread_row = (float)fmax(0.5, sqrt(spread_r / size)), s.spread_col = (float)fmax(0.5, sqrt(spread_c / size));
+    free(fore);
+    free(m);
+    return s;
+}
+
+static void test_body(void) {
+    Picture p = picture(256, 256, 1.5f, MODALITY_CT, -1000);        // a trunk of 270 x 150 mm and what lies around it
+    paint_ellipse(&p, 120, 128, 50, 90, 40);
+    ShardSlice bare = check_box("a body", &p, -500, 70, 38, 170, 218, 0), s;
+    check(fabs(bare.centre_row - 120) < 0.01 && fabs(bare.centre_col - 128) < 0.01 && fabs(bare.spread_row - 25) < 0.2 &&
+              fabs(bare.spread_col - 45) < 0.2,
+          "a body: centre %g %g, spread %g %g", bare.centre_row, bare.centre_col, bare.spread_row, bare.spread_col);
+    paint_box(&p, 180, 20, 182, 236, 200);                          // a hollow table, 4 cm thick
+    paint_box(&p, 206, 20, 208, 236, 200);
+    paint_box(&p, 180, 20, 208, 22, 200);
+    paint_box(&p, 180, 234, 208, 236, 200);
+    s = anatomy_of(&p, -500);
+    check(same_anatomy(&s, &bare), "a table apart changes the anatomy");
+    paint_box(&p, 165, 120, 180, 124, -100);                        // a cushion's seam, 6 mm
+    check_box("a table that a thin bridge joins", &p, -500, 70, 38, 170, 218, 3);
+    paint_box(&p, 150, 60, 180, 62, 3000);                          // wires and a blanket
+    paint_box(&p, 60, 10, 61, 246, -400);
+    check_box("wires and a blanket", &p, -500, 70, 38, 170, 218, 3);
+    for (int i = 0; i < 256 * 256; i++) p.pixels[i] = -1000;
+    paint_ellipse(&p, 120, 128, 50, 90, 40);
+    paint_ellipse(&p, 120, 128, 41, 81, -850);                      // lungs, their wall thin at one place, and a windpipe
+    paint_ellipse(&p, 120, 128, 47, 20, 40);
+    paint_box(&p, 118, 40, 122, 60, -850);
+    paint_ellipse(&p, 125, 124, 5, 5, -1000);
+    s = anatomy_of(&p, -500);
+    check(same_anatomy(&s, &bare), "lungs are not body: spread %g %g, left %d", s.spread_row, s.spread_col, s.box_left);
+    paint_ellipse(&p, 120, 128, 50, 90, 40);
+    for (int i = 0; i < 4; i++) {                                   // a metal hip: bright and dark rays into the air
+        for (int c = 0; c < 256; c++) {
+            int r = (int)(130 + (c - 90) * 0.2 * (i - 1.5));
+            paint_box(&p, r, c, r + 2, c + 1, i % 2 ? 3000 : -1024);
+        }
+    }
+    check_box("metal", &p, -500, 70, 38, 170, 218, 3);
+    for (int i = 0; i < 256 * 256; i++) p.pixels[i] = -3024;        // padding around the circle of the reconstruction
+    paint_ellipse(&p, 128, 128, 128, 128, -1000);
+    paint_ellipse(&p, 120, 128, 50, 90, 40);
+    s = anatomy_of(&p, -500);
+    check(same_anatomy(&s, &bare), "padding changes the anatomy");
+    paint_ellipse(&p, 110, 22, 16, 15, 40);                         // an arm
+    check_box("an arm beside the trunk", &p, -500, 70, 7, 170, 218, 0);
+    paint_ellipse(&p, 110, 240, 3, 3, 40);                          // a drip's bag is not: 1/150 of the body
+    check_box("a small thing beside the trunk", &p, -500, 70, 7, 170, 218, 0);
+    for (int i = 0; i < 256 * 256; i++) p.pixels[i] = -1000;
+    paint_ellipse(&p, 128, 70, 45, 40, 40);                         // two legs
+    paint_ellipse(&p, 128, 180, 42, 38, 40);
+    s = check_box("two legs", &p, -500, 83, 30, 173, 218, 0);
+    check(fabs(s.centre_col - 122) < 4 && s.spread_col > 50, "two legs: centre %g, spread %g", s.centre_col, s.spread_col);
+    Picture turned = picture(256, 256, 1.5f, MODALITY_CT, 0);       // the same values, stored upside down
+    for (int i = 0; i < 256 * 256; i++) turned.pixels[i] = (int16_t)(24 - p.pixels[i]);
+    ShardSlice t = {.spacing_row = 1.5f, .spacing_col = 1.5f, .modality = MODALITY_CT};
+    double part = slice_anatomy(turned.pixels, 256, 256, -1, 24, -500, &t), pi = acos(-1);
+    check(same_anatomy(&s, &t), "a negative scale changes the anatomy");
+    check(fabs(part - pi * (45 * 40 + 42 * 38) / 65536) < 1e-3, "the foreground is %g", part);
+    free(turned.pixels);
+    free(p.pixels);
+    p = picture(40, 40, 0.84f, MODALITY_CT, -1000);                 // few, coarse pixels, and a line of one
+    paint_ellipse(&p, 20, 20, 8, 11, 0);
+    paint_box(&p, 34, 0, 35, 40, 0);
+    check_box("40 x 40", &p, -500, 12, 9, 28, 31, 0);
+    free(p.pixels);
+    p = picture(30, 64, 3, MODALITY_CT, -1000);
+    paint_ellipse(&p, 32, 32, 20, 20, 0);
+    check_box("a body that the image cuts", &p, -500, 12, 12, 30, 52, 0);
+    paint_box(&p, 0, 0, 30, 64, -1000);
+    paint_box(&p, 10, 5, 12, 60, 0);                                // nothing is left by an opening with 3 pixels
+    check_box("a thin thing alone", &p, -500, 10, 5, 12, 60, 0);
+    s = check_box("an empty slice", &p, 500, 0, 0, 30, 64, 0);
+    check(s.centre_row == 15 && s.centre_col == 32 && fabs(s.spread_col - sqrt((64 * 64 - 1) / 12.0)) < 1e-5, "an empty slice");
+    check_box("a full slice", &p, -2000, 0, 0, 30, 64, 0);
+    p.rows = 30, p.cols = 1;
+    check_box("a column", &p, -2000, 0, 0, 30, 1, 0);
+    p.rows = 1, p.cols = 30;
+    check_box("a row", &p, -2000, 0, 0, 1, 30, 0);
+    p.cols = 1;
+    s = check_box("a pixel", &p, -2000, 0, 0, 1, 1, 0);
+    check(s.centre_row == 0.5f && s.spread_row == 0.5f, "a pixel: centre %g, spread %g", s.centre_row, s.spread_row);
+    free(p.pixels);
+}
+
+static void test_head(void) {
+    Rng r = rng_at(3, RNG_TEST, 0, 0, 0);
+    enum { N = 192 };
+    Picture p = picture(N, N, 1.25f, MODALITY_MR, 0);               // a head in MR: scalp, black bone with a gap, brain, noise
+    paint_ellipse(&p, 100, 96, 80, 66, 900);
+    paint_ellipse(&p, 100, 96, 76, 62, 0);
+    paint_ellipse(&p, 100, 96, 70, 56, 250);
+    paint_ellipse(&p, 90, 96, 10, 14, 60);
+    float *values = (float *)xmalloc(sizeof(float) * N * N, "values");
+    for (int i = 0; i < N * N; i++) {
+        double x = p.pixels[i] + 12 * rng_normal(&r), y = 12 * rng_normal(&r);
+        values[i] = p.pixels[i] = (int16_t)sqrt(x * x + y * y);
+    }
+    float t = anatomy_threshold(values, N * N, MODALITY_MR);
+    check(t > 36 && t < 200, "the threshold between noise of 12 and tissue of 250 is %g", t);
+    ShardSlice s = check_box("a head", &p, t, 20, 30, 180, 162, 1);
+    check(fabs(s.centre_row - 100) < 0.5 && fabs(s.centre_col - 96) < 0.5 && fabs(s.spread_row - 40) < 0.5 &&
+              fabs(s.spread_col - 33) < 0.5,
+          "a head: centre %g %g, spread %g %g", s.centre_row, s.centre_col, s.spread_row, s.spread_col);
+    for (int i = 0; i < N * N; i++) values[i] = i % 8 == 0 ? 900 : i % 8 < 3 ? 150 : 0;     // bright fat, dark brain, no noise
+    t = anatomy_threshold(values, N * N, MODALITY_MR);
+    check(t >= 0 && t < 150, "the threshold of tissue of 150 beside fat of 900 is %g", t);
+    double noise = 0;
+    for (int i = 0; i < N * N; i++) {                               // a third is tissue at 12 times the noise's deviation
+        double x = (i % 3 ? 0 : 240) + 20 * rng_normal(&r), y = 20 * rng_normal(&r);
+        values[i] = (float)sqrt(x * x + y * y);
+    }
+    t = anatomy_threshold(values, N * N, MODALITY_MR);
+    for (int i = 0; i < N * N; i++) noise += i % 3 && values[i] > t;
+    check(noise / (N * N) < 0.05 && t < 100, "the threshold %g takes %g of noise for body", t, noise / (N * N));
+    for (int i = 0; i < N * N; i++) values[i] = (float)(i % 3 ? 100 + 400 * sqrt(rng_uniform(&r)) : rng_range(&r, 900, 1000));
+    t = anatomy_threshold(values, N * N, MODALITY_MR);
+    check(t > 200 && t < 350, "the threshold of dark and bright tissue without air is %g", t);
+    for (int i = 0; i < N * N; i++) values[i] = (float)fabs(20 + 5 * rng_normal(&r) + (i % 3 ? 0 : 150));
+    t = anatomy_threshold(values, N * N, MODALITY_MR);
+    check(t > 40 && t < 75, "the threshold between noise at 20 and tissue at 170 is %g", t);
+    for (int i = 0; i < N * N; i++) values[i] = 7;
+    check(anatomy_threshold(values, N * N, MODALITY_MR) == 7, "a constant volume's threshold");
+    check(anatomy_threshold(NULL, 0, MODALITY_CT) == -500, "a CT's threshold");
+    free(values);
+    free(p.pixels);
+}
+
+static void test_masks(void) {
+    Rng r = rng_at(2, RNG_TEST, 0, 0, 0);
+    int bad = 0;
+    for (int trial = 0; trial < 300; trial++) {
+        uint64_t most = trial % 8 ? 150 : 400;
+        int rows = 1 + (int)rng_below(&r, most), cols = 1 + (int)rng_below(&r, most);
+        Picture p = picture(rows, cols, (float)exp(rng_range(&r, log(0.3), log(4))), trial % 2 ? MODALITY_MR : MODALITY_CT, 0);
+        for (int i = (int)rng_below(&r, 12), on = 1; i > 0; i--, on = rng_uniform(&r) < 0.6) {
+            double size = rng_range(&r, 1, 0.5 * (rows + cols)), row = rng_range(&r, 0, rows), col = rng_range(&r, 0, cols);
+            paint_ellipse(&p, row, col, size * rng_uniform(&r), size * rng_uniform(&r), (int16_t)on);
+        }
+        double salt = trial % 3 == 0 ? rng_uniform(&r) * rng_uniform(&r) : 0;
+        uint8_t *mask = (uint8_t *)xmalloc((size_t)rows * cols, "a mask");
+        for (int i = 0; i < rows * cols; i++) mask[i] = (uint8_t)(p.pixels[i] ^= rng_uniform(&r) < salt);
+        ShardSlice a = anatomy_of(&p, 0.5f), b = naive_anatomy(mask, rows, cols, p.mm, p.modality);
+        int same = !memcmp(&a.box_top, &b.box_top, 16) && fabs(a.centre_row - b.centre_row) < 1e-4 &&
+                   fabs(a.centre_col - b.centre_col) < 1e-4 && fabs(a.spread_row - b.spread_row) < 1e-4 &&
+                   fabs(a.spread_col - b.spread_col) < 1e-4;
+        if (!same && !bad++) printf("a mask of %d x %d, trial %d\n", rows, cols, trial);
+        free(mask);
+        free(p.pixels);
+    }
+    check(bad == 0, "%d of 300 random masks have another anatomy than by definition", bad);
+    for (int trial = bad = 0; trial < 60; trial++) {
+        int rows = 1 + (int)rng_below(&r, 90), cols = 1 + (int)rng_below(&r, 300), down = (int)rng_below(&r, 100),
+            across = (int)rng_below(&r, 250), words = (cols + 63) / 64;
+        uint64_t bits[90 * 5] = {0}, copy[90 * 5];
+        Mask m = {rows, cols, words, bits, copy};
+        uint8_t *mask = (uint8_t *)xmalloc((size_t)rows * cols, "a mask");
+        for (int i = 0; i < rows * cols; i++) {
+            mask[i] = rng_uniform(&r) < 2.0 / (rows * cols);
+            bits[i / cols * words + i % cols / 64] |= (uint64_t)mask[i] << i % cols % 64;
+        }
+        mask_grow(&m, down, across);
+        naive_grow(mask, rows, cols, down, across, 1);
+        for (int i = 0; i < rows * cols; i++) bad += mask[i] != (bits[i / cols * words + i % cols / 64] >> i % cols % 64 & 1);
+        free(mask);
+    }
+    check(bad == 0, "%d pixels of grown masks are wrong", bad);
+}
+
+static void test_moments(void) {
+    enum { N = 100003 };
+    static int16_t pixels[N];
+    Rng r = rng_at(4, RNG_TEST, 0, 0, 0);
+    int bad = 0;
+    for (int trial = 0; trial < 200; trial++) {                     // scales and limits that doubles hold exactly
+        float scale = (float)ldexp(1 + (double)rng_below(&r, 200), (int)rng_below(&r, 12) - 8) * (trial % 2 ? -1 : 1);
+        float intercept = (float)rng_below(&r, 4000) - 2000;
+        double limit = trial % 5 == 0 ? -INFINITY : scale * (rng_range(&r, -40000, 40000)) + intercept;
+        if (trial % 3 == 0) limit = (double)scale * (int)rng_range(&r, -32770, 32770) + intercept;
+        int16_t flip;
+        int least = anatomy_limit(scale, intercept, limit, &flip);
+        for (int p = -32768; p < 32768; p++) bad += ((p ^ flip) >= least) != ((double)scale * p + intercept > limit);
+    }
+    check(bad == 0, "%d pixels are on the wrong side of a limit", bad);
+    static const struct { float scale, intercept; double centre, spread, floor; } cases[] = {
+        {1, -1024, 1000, 500, -INFINITY}, {1, -1024, 400, 600, -1000}, {1, 0, -1000, 3000, -1000},
+        {0.0123f, 17, 9000, 9000, -INFINITY}, {-2.5f, 100, 300, 500, -1000}, {1, 0, 32760, 4, -1000},
+        {1, 0, -32760, 4, -INFINITY}, {1, 0, -5000, 100, -1000}};
+    for (int k = 0; k < 8; k++) {
+        float scale = cases[k].scale, intercept = cases[k].intercept;
+        double sum = 0, squares = 0;
+        for (int i = 0; i < N; i++)
+            pixels[i] = (int16_t)fmin(fmax(cases[k].centre + cases[k].spread * rng_normal(&r), -32768), 32767);
+        for (int i = 0; i < N; i++) sum += fmax((double)scale * pixels[i] + intercept, cases[k].floor);
+        for (int i = 0; i < N; i++) {
+            double x = fmax((double)scale * pixels[i] + intercept, cases[k].floor) - sum / N;
+            squares += x * x;
+        }
+        Moments m = {0};
+        for (int i = 0, some; i < N; i += some) {                   // parts of one pixel up to all
+            some = i < 3 ? 1 : i < 1000 ? 333 : k % 2 ? 70000 : N;
+            if (some > N - i) some = N - i;
+            moments_add(&m, pixels + i, some, scale, intercept, cases[k].floor);
+        }
+        double std = sqrt(squares / (N - 1));
+        check(m.count == N && fabs(m.mean - sum / N) <= 1e-11 * fabs(sum / N) && fabs(moments_std(&m) - std) <= 1e-11 * std,
+              "case %d: mean %.15g not %.15g, deviation %.15g not %.15g", k, m.mean, sum / N, moments_std(&m), std);
+    }
     Moments m = {0};
-    const float x[5] = {-2000, -1000, 0, 1000, 3000};
-    moments_add(&m, x, 2, -1000);
-    moments_add(&m, x + 2, 3, -1000);
-    check(m.count == 5 && fabs(m.mean - 400) < 1e-9 && fabs(moments_std(&m) - sqrt(11200000 / 4.0)) < 1e-6,
-          "mean %g, deviation %g", m.mean, moments_std(&m));
+    check(moments_std(&m) == 0, "the deviation of nothing");
+    moments_add(&m, pixels, 1, 1, 0, -INFINITY);
+    check(moments_std(&m) == 0 && m.mean == pixels[0], "the moments of one pixel");
 }
 
 static void test_phantom(void) {
@@ -480,7 +796,10 @@ int main(void) {
     test_dataset();
     test_weights();
     test_writer();
-    test_anatomy();
+    test_body();
+    test_head();
+    test_masks();
+    test_moments();
     test_phantom();
     char command[600];
     snprintf(command, sizeof command, "rm -rf '%s'", folder);

@@ -11,8 +11,9 @@ passed=0 failed=0 skipped=0
 if git rev-parse --git-dir > /dev/null 2>&1; then git ls-files -z | xargs -0 cp --parents -t "$work"; else cp -r . "$work"; fi
 cd "$work" || exit 1
 [ -d "$scans" ] && ln -s "$scans" scans
-# the lines of fenced blocks that begin with make or ./, without their comments
-mapfile -t commands < <(awk '/^```/ { fence = !fence; next } fence && /^(make|\.\/)/ { sub(/ +#.*/, ""); print }' README.md)
+export I=0 N=2    # the README's node 0 of 2
+# the lines of fenced blocks that begin with make, head or ./, without their comments
+mapfile -t commands < <(awk '/^```/ { fence = !fence; next } fence && /^(make|head|\.\/)/ { sub(/ +#.*/, ""); print }' README.md)
 for command in "${commands[@]}"; do
     case $command in
         'make test') continue ;;
