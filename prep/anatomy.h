@@ -209,7 +209,7 @@ static inline double sums_deviations(int64_t n, int64_t sum, int64_t squares, do
 
 // Fills box, centre and spread of *s (pixels) from pixels [rows][cols]; reads its spacings and modality. The body is what is
 // above the threshold and stays after an opening with a square of 8 mm (1/32 of the slice's shorter side where that is less,
-// but 3 pixels), of every piece whose core has at least 1/32 of the largest core's pixels, with its holes. Where that core is
+// but 3 pixels), of every piece whose core has at least 1/32 of the largest core's pixels, with its holes. Where the largest is
 // less than 1/16 of the foreground, the square's side is halved. Returns the fraction of all pixels above the threshold;
 // where that is 0 the whole slice is the body.
 static inline double slice_anatomy(const int16_t *pixels, int rows, int cols, float scale, float intercept, float threshold,
