@@ -9,7 +9,7 @@ It lies in nameless files under TMPDIR, mapped: a page of it can leave memory, a
   Series                  a run of records that make one series of one patient
   Index, index_open       all of it
   index_path, index_name  the path of a file, and its name below INPUT
-  index_walk              adds a file, or what is below a folder
+  index_walk, index_list  adds a file, or what is below a folder; or what a list names
   index_sort              brings the records of a series together, in order, and lists the series
 */
 #ifndef CURIA_INDEX_H
@@ -144,28 +144,53 @@ static inline void index_add(Index *x, const char *path, size_t skip, uint64_t s
     if (++x->n_files == UINT32_MAX) fail(STATUS_USAGE, "more than 4 thousand million files: share them out with --shard-of I/N");
 }
 
-// Adds the file at path, or all below the folder: hidden names are left out, links are followed to a depth of 40.
-static inline void index_walk(Index *x, const char *path, size_t skip, int depth) {
+typedef struct Above { dev_t device; ino_t inode; const struct Above *next; } Above; // the folders that a walk is in
+
+// Adds the file at path, or all below the folder. Hidden names are left out; links are followed, but not to a folder that
+// the walk is in already. named: an argument, whose name is its path, and of a folder's files what comes after it; else the
+// name begins after `skip` bytes.
+static inline void index_walk(Index *x, const char *path, size_t skip, int named, const Above *above) {
     struct stat st;
-    DIR *folder = NULL;
-    if (depth == 0 && !strncmp(path, "./", 2) && !skip) skip = 2;
-    if (stat(path, &st) || !S_ISDIR(st.st_mode)) {
-        if (depth == 0 || S_ISREG(st.st_mode)) index_add(x, path, skip, S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0, depth == 0);
+    size_t length = strlen(path);
+    if (named && !strncmp(path, "./", 2)) skip = 2;
+    int absent = stat(path, &st);
+    if (absent && !named) warn("%s: %s", path, strerror(errno));
+    if (absent || !S_ISDIR(st.st_mode)) {
+        if (named || (!absent && S_ISREG(st.st_mode))) index_add(x, path, skip, absent ? 0 : (uint64_t)st.st_size, named);
         return;
     }
-    if (depth >= 40 || !(folder = opendir(path))) {
-        warn("%s: cannot be read: %s", path, depth >= 40 ? "folders in folders, more than 40 deep" : strerror(errno));
+    for (const Above *a = above; a; a = a->next)
+        if (a->device == st.st_dev && a->inode == st.st_ino) return;
+    DIR *folder = opendir(path);
+    if (!folder) {
+        warn("%s: cannot be read: %s", path, strerror(errno));
         return;
     }
-    if (depth == 0) skip = strlen(path) + (path[strlen(path) - 1] != '/');
+    if (named) skip = length + (path[length - 1] != '/');
+    Above here = {st.st_dev, st.st_ino, above};
     for (struct dirent *e; (e = readdir(folder));) {
         char inside[PATH_SIZE];
         if (e->d_name[0] == '.') continue;
-        if (snprintf(inside, sizeof inside, "%s%s%s", path, path[strlen(path) - 1] == '/' ? "" : "/", e->d_name) >=
-            (int)sizeof inside) warn("%s: a path in it is too long: left out", path);
-        else index_walk(x, inside, skip, depth + 1);
+        if (snprintf(inside, sizeof inside, "%s%s%s", path, path[length - 1] == '/' ? "" : "/", e->d_name) >= (int)sizeof inside)
+            warn("%s: a path in it is too long: left out", path);
+        else index_walk(x, inside, skip, 0, &here);
     }
     closedir(folder);
+}
+
+// What the lines of a file name, as if each were found below one INPUT.
+static inline void index_list(Index *x, const char *path) {
+    FILE *file = fopen(path, "r");
+    if (!file) fail(STATUS_USAGE, "--list %s: %s", path, strerror(errno));
+    char *line = NULL;
+    size_t room = 0;
+    while (getline(&line, &room, file) >= 0) {
+        line[strcspn(line, "\r\n")] = 0;
+        if (strlen(line) >= PATH_SIZE) warn("%s: a path of %zu bytes is too long: left out", path, strlen(line));
+        else if (*line) index_walk(x, line, 0, 0, NULL);
+    }
+    free(line);
+    fclose(file);
 }
 
 static inline int compare_u64(uint64_t a, uint64_t b) { return (a > b) - (a < b); }

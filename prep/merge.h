@@ -19,7 +19,7 @@ typedef struct {
     int n_shards;
     MergeCopy *copies;
     int n_copies;
-    Output seen;                       // the contents so far
+    Output seen, patients;             // the contents and the patients so far
 } Merge;
 
 static inline void merge_list(Merge *m, const char *part) {
@@ -154,7 +154,7 @@ static inline int merge_part(Merge *m, const char *part) {
 }
 
 // The sets' rows in the order of the sets; those of a copy say so.
-static inline Totals merge_report(const Merge *m, FILE *report) {
+static inline Totals merge_report(Merge *m, FILE *report) {
     Totals t = {0};
     char path[PATH_SIZE], *line = NULL, *field[ROW_COUNT];
     size_t room = 0;
@@ -179,6 +179,7 @@ static inline Totals merge_report(const Merge *m, FILE *report) {
                     field[ROW_SLICES] = field[ROW_MASKS] = "0";
                 }
             totals_add(&t, field);
+            if (!*field[ROW_REASON]) t.patients += !output_seen(&m->patients, strtoull(field[ROW_PATIENT], NULL, 16));
             fprintf(report, "%llu", (unsigned long long)++number);
             for (int k = 0; k < ROW_COUNT; k++) fprintf(report, "\t%s", field[k]);
             fputc('\n', report);
@@ -199,7 +200,10 @@ static inline void merge_sets(const char *out, const char *const *sets, int n) {
     MergeCopy *all = NULL;
     file_make_dirs(out);
     for (int i = -1; i < MOST_PARTS; i++) {
-        shards += merge_part(&m, i < 0 ? "" : part_names[i]);
+        int made = merge_part(&m, i < 0 ? "" : part_names[i]);
+        shards += made;
+        m.seen.parts[i < 0 ? 0 : i].shards += made;
+        if (made && i >= 0) o.parts = i + 1;
         all = (MergeCopy *)realloc(all, (copies + m.n_copies + 1) * sizeof *all);
         if (m.n_copies) memcpy(all + copies, m.copies, m.n_copies * sizeof *all);
         copies += m.n_copies;
@@ -211,11 +215,15 @@ static inline void merge_sets(const char *out, const char *const *sets, int n) {
     FILE *report = aside_open(&m.seen, "report.tsv", 0666, path);
     Totals t = merge_report(&m, report);
     aside_close(report, path);
+    FILE *summary = aside_open(&m.seen, "summary.json", 0666, path);
+    summary_write(summary, &m.seen, &t);
+    aside_close(summary, path);
     fprintf(stderr, "%d shards of %d sets in %s: %llu volumes taken; %d copies of volumes left out\n", shards, n, out,
             (unsigned long long)t.taken, copies);
     free(m.shards);
     free(m.copies);
     free(m.seen.seen);
+    free(m.patients.seen);
 }
 
 #endif

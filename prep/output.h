@@ -402,8 +402,10 @@ static inline void summary_write(FILE *f, const Output *out, const Totals *t) {
     const Options *o = out->prep->options;
     int shards = 0, first = 1;
     for (int i = 0; i < part_count(o); i++) shards += out->parts[i].shards;
-    fprintf(f, "{\n  \"run\": \"%016llx\",\n  \"files\": %llu,\n  \"series\": %llu,\n", (unsigned long long)out->run,
-            (unsigned long long)x->n_files, (unsigned long long)x->n_series);
+    fprintf(f, "{\n");
+    if (x->n_files)                     // a merge has seen none
+        fprintf(f, "  \"run\": \"%016llx\",\n  \"files\": %llu,\n  \"series\": %llu,\n", (unsigned long long)out->run,
+                (unsigned long long)x->n_files, (unsigned long long)x->n_series);
     fprintf(f, "  \"volumes_taken\": %llu,\n  \"patients\": %llu,\n", (unsigned long long)t->taken, (unsigned long long)t->patients);
     fprintf(f, "  \"shards\": %d,\n  \"slices\": %llu,\n  \"slices_by_modality\": {", shards,
             (unsigned long long)(t->slices[0] + t->slices[1] + t->slices[2]));

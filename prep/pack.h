@@ -65,10 +65,18 @@ static inline double pack_decoding(Packing *p, double since) {
 // Where the labels and masks of a volume's slices come from: `record` of each file slice, or one for all.
 typedef struct { const char *series; const Record *const *slices; const Record *all; Volume mask; int has_mask; } Marks;
 
+// The table's row for slice `number` of a plane; file_slice: where it lies in the file, -1 where it cuts across the file's
+// slices and no one file of a series is its own.
 static inline LabelRow *marks_row(Packing *p, const Marks *m, int file_slice, int number) {
     Labels labels = p->prep->labels;
-    const Record *r = m->slices ? m->slices[file_slice] : m->all;
-    return labels_find(&labels, index_name(&p->prep->index, r->file), m->series, number);
+    char folder[PATH_SIZE];
+    const Record *r = m->slices ? m->slices[file_slice < 0 ? 0 : file_slice] : m->all;
+    const char *name = index_name(&p->prep->index, r->file), *slash = strrchr(name, '/');
+    if (m->slices && file_slice < 0) {
+        snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash + 1 - name) : 0, name);
+        name = folder;
+    }
+    return labels_find(&labels, name, m->series, number);
 }
 
 // The plane across the longest voxel side where that is more than twice the shortest; else across an axis of fewer than 16
@@ -142,7 +150,7 @@ static inline void pack_plane(Packing *p, VolumeResult *result, const Volume *v,
         }
         moments_add(&plain, pixels, (int)n, s.scale, s.intercept, -INFINITY);
         moments_add(&clipped, pixels, (int)n, s.scale, s.intercept, -1000);
-        LabelRow *row = marks_row(p, marks, w.normal == 2 ? at : 0, i);
+        LabelRow *row = marks_row(p, marks, w.normal == 2 ? at : -1, i);
         s.label = row ? row->index : -1;
         s.target = row ? row->target : NAN;
         s.slice_number = i;

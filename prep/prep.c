@@ -51,6 +51,7 @@ static const char help[] =
     "      --preview            a tile for every volume in preview.png, preview-2.png ...; default: one sheet\n"
     "      --shard-size MB      start a new shard beyond this (default 512)\n"
     "      --shard-of I/N       take the Ith (from 0) of N shares of the inputs, by a hash of their names; merge the N later\n"
+    "      --list FILE          INPUTs, one a line; for a tree that many nodes share, listed once\n"
     "      --jobs N             worker processes (default: as many as processors)\n"
     "      --memory-limit MB    what a worker may allocate (default 8192)\n"
     "      --time-limit S       how long a worker may be at one file (default 300)\n"
@@ -144,7 +145,7 @@ static void read_salt(Options *o) {
 static Command parse_options(int argc, char **argv) {
     enum {
         OPTION_MODALITY = 256, OPTION_PLANES, OPTION_TRACK, OPTION_4D, OPTION_KEEP, OPTION_LABELS, OPTION_PATIENT, OPTION_SPLIT,
-        OPTION_SALT, OPTION_MAP, OPTION_PREVIEW, OPTION_SIZE, OPTION_SHARE, OPTION_JOBS, OPTION_MEMORY, OPTION_TIME, OPTION_FAILED,
+        OPTION_SALT, OPTION_MAP, OPTION_PREVIEW, OPTION_SIZE, OPTION_SHARE, OPTION_LIST, OPTION_JOBS, OPTION_MEMORY, OPTION_TIME, OPTION_FAILED,
         OPTION_DRY, OPTION_PHANTOM, OPTION_SEED, OPTION_PATIENTS, OPTION_INFO, OPTION_VERIFY, OPTION_MERGE
     };
     static const struct option table[] = {
@@ -152,7 +153,7 @@ static Command parse_options(int argc, char **argv) {
         {"track", 1, 0, OPTION_TRACK}, {"4d", 1, 0, OPTION_4D}, {"keep", 1, 0, OPTION_KEEP}, {"labels", 1, 0, OPTION_LABELS},
         {"patient-from", 1, 0, OPTION_PATIENT}, {"split", 1, 0, OPTION_SPLIT}, {"salt-file", 1, 0, OPTION_SALT},
         {"private-map", 0, 0, OPTION_MAP}, {"preview", 0, 0, OPTION_PREVIEW}, {"shard-size", 1, 0, OPTION_SIZE},
-        {"shard-of", 1, 0, OPTION_SHARE}, {"jobs", 1, 0, OPTION_JOBS}, {"memory-limit", 1, 0, OPTION_MEMORY},
+        {"shard-of", 1, 0, OPTION_SHARE}, {"list", 1, 0, OPTION_LIST}, {"jobs", 1, 0, OPTION_JOBS}, {"memory-limit", 1, 0, OPTION_MEMORY},
         {"time-limit", 1, 0, OPTION_TIME}, {"max-failed", 1, 0, OPTION_FAILED}, {"dry-run", 0, 0, OPTION_DRY},
         {"phantom", 0, 0, OPTION_PHANTOM}, {"seed", 1, 0, OPTION_SEED}, {"patients", 1, 0, OPTION_PATIENTS},
         {"info", 0, 0, OPTION_INFO}, {"verify", 0, 0, OPTION_VERIFY}, {"merge", 0, 0, OPTION_MERGE}, {0}};
@@ -181,6 +182,7 @@ static Command parse_options(int argc, char **argv) {
             case OPTION_PREVIEW: o->preview = INT_MAX; break;
             case OPTION_SIZE: o->shard_bytes = parse_number("shard-size", optarg, 1, 1 << 20) << 20; break;
             case OPTION_SHARE: parse_share(o, optarg); break;
+            case OPTION_LIST: o->list = optarg; break;
             case OPTION_JOBS: o->jobs = (int)parse_number("jobs", optarg, 1, 1024); break;
             case OPTION_MEMORY: o->memory_limit = parse_number("memory-limit", optarg, 64, 1 << 24) << 20; break;
             case OPTION_TIME: o->time_limit = (double)parse_number("time-limit", optarg, 1, 1000000); break;
@@ -206,7 +208,7 @@ static Command parse_options(int argc, char **argv) {
         }
     }
     int inputs = argc - optind, writes = c.mode == MODE_MERGE || c.mode == MODE_PHANTOM || (c.mode == MODE_PACK && !o->dry_run);
-    if (c.mode == MODE_PHANTOM ? inputs > 0 : inputs == 0)
+    if (c.mode == MODE_PHANTOM ? inputs > 0 : inputs == 0 && !(c.mode == MODE_PACK && o->list))
         fail(STATUS_USAGE, c.mode == MODE_PHANTOM ? "--phantom takes no INPUT" : "no INPUT; see ./prep/prep --help");
     if (writes && !o->out) fail(STATUS_USAGE, "no -o DIR to write to; see ./prep/prep --help");
     if (o->salt_file) read_salt(o);
@@ -268,7 +270,8 @@ static void pack(const Options *o, char **arguments, int n) {
     double decoding[2], working[2];
     uint64_t peak[2];
     if (o->labels) prep.labels = labels_read(o->labels);
-    for (int i = 0; i < n; i++) index_walk(&prep.index, arguments[i], 0, 0);
+    for (int i = 0; i < n; i++) index_walk(&prep.index, arguments[i], 0, 1, NULL);
+    if (o->list) index_list(&prep.index, o->list);
     Pool pool = pool_open(o->jobs, o->time_limit, o->memory_limit);
     job.tasks = (prep.index.n_files + BATCH_FILES - 1) / BATCH_FILES;
     pool_run(&pool, (int64_t)job.tasks, &(PoolCalls){&job, scan_work, scan_take, pack_died, pack_tick});
@@ -319,7 +322,7 @@ static void pack(const Options *o, char **arguments, int n) {
     if (t.patients == 1 && t.taken > 20) warn("all %d volumes are of one patient by --patient-from; see --help if that is wrong", (int)t.taken);
     if (slices && !o->dry_run)
         fprintf(stderr, "scans of heads hold faces, which can be made out again: deface them before sharing these shards outside\n");
-    if (slices == 0) fail(STATUS_DATA, "no usable volume in %s%s; the lines above say why", arguments[0], n > 1 ? " ..." : "");
+    if (slices == 0) fail(STATUS_DATA, "no usable volume in %s%s; the lines above say why", n ? arguments[0] : o->list, n > 1 ? " ..." : "");
     if (output->named_bad) fail(STATUS_DATA, "a file named on the command line was left out, as said above");
     if (100.0 * failed > o->most_failed * (t.taken + failed))
         fail(STATUS_DATA, "%llu of %llu series could not be read, more than --max-failed %g %%", (unsigned long long)failed,
@@ -331,7 +334,7 @@ static void pack(const Options *o, char **arguments, int n) {
 // Paths of the shards among the arguments: files as they are, folders' *.shard, by name.
 static Index gather_shards(char **arguments, int n) {
     Index x = index_open(0, 1);
-    for (int i = 0; i < n; i++) index_walk(&x, arguments[i], 0, 0);
+    for (int i = 0; i < n; i++) index_walk(&x, arguments[i], 0, 1, NULL);
     for (uint64_t i = 0; i < x.n_files; i++) {
         if (!index_file(&x, i)->named && !ends_with(index_path(&x, i), ".shard")) continue;
         Record r = {.file = (uint32_t)i};

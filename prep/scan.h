@@ -31,7 +31,7 @@ typedef struct {
     uint64_t shard_bytes;
     int parts;                                  // of --split; 0: none
     double share[MOST_PARTS];
-    const char *out, *salt_file, *labels;
+    const char *out, *salt_file, *labels, *list;
     int jobs, dry_run, private_map, preview;
     double time_limit, most_failed;
     uint64_t memory_limit, share_of, shares;

@@ -256,6 +256,14 @@ head -c 32 /dev/urandom >"$work/salt"
 expect 2 '16 to 4096 bytes' 'a short salt' "$prep" -o "$work/d6" --salt-file <(printf abc) "$work/i1"
 expect 0 'of 1 patients' '--patient-from regex' "$prep" -o "$work/d7" --keep duplicate --patient-from 'regex:(sub)-' "$work/i1"
 expect 0 'of 4 patients' '--patient-from file' "$prep" -o "$work/d8" --keep duplicate --patient-from file "$work/i1"
+printf '%s\n' "$work/i1/sub-2" "./nothing.nii" "$work/i1/sub-1/b.nii" >"$work/list"
+expect 0 'warning: ./nothing.nii: No such file' '--list' "$prep" -o "$work/d10" --keep duplicate --list "$work/list"
+grep -q '3 volumes taken' "$work/err" && good || bad '--list of a folder and a file'
+mkdir -p "$work/loop/a"
+ln -s .. "$work/loop/a/up"
+ln -s . "$work/loop/here"
+ln -s "$work/i1/sub-1" "$work/loop/a/sub-1"
+expect 0 '3 files' 'links that go round' "$prep" -o "$work/d11" --keep duplicate "$work/loop" "$data/orient/RAS.nii.gz"
 expect 0 '' '--dry-run' "$prep" --dry-run "$work/i1"
 [ "$(tail -n +2 "$work/out" | cut -f4,25 | grep -c "taken.*$work/i1")" = 2 ] && [ "$(wc -l <"$work/out")" = 5 ] && good || bad "--dry-run prints $(wc -l <"$work/out") lines"
 
@@ -283,6 +291,7 @@ slices() { "$prep" --info "$1" | grep -v -e '#' -e '^volume' | sort; }
 for share in 0 1 2; do "$prep" -o "$work/share$share" --shard-of $share/3 --shard-size 8 "$data/mr_seq" "$data/dicom" "$data/orient" 2>/dev/null; done
 "$prep" -o "$work/shares" --shard-size 8 "$data/mr_seq" "$data/dicom" "$data/orient" 2>/dev/null
 expect 0 'shards of 3 sets' '--merge' "$prep" --merge -o "$work/merged" "$work/share0" "$work/share1" "$work/share2"
+grep -q "\"slices\": $(slices "$work/merged" | awk '{ n += $5 } END { print n }')," "$work/merged/summary.json" && good || bad 'summary.json of the merged'
 expect 0 '' 'verify of the merged' "$prep" --verify "$work/merged"
 taken() { cut -f5,20,24 "$1/report.tsv" | grep taken | sort; }
 cmp -s <(taken "$work/merged") <(taken "$work/shares") && good || bad 'the merged shares are not the whole'
