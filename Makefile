@@ -36,7 +36,7 @@ TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate $(BUILD
 HEADERS := $(wildcard *.h curia/*.h prep/*.h)
 PACKAGES := g++ libgdcm-dev libnifti2-dev libisal-dev zlib1g-dev libpng-dev
 
-.PHONY: all found deps run test tests fuzz clean
+.PHONY: all found deps run test tests fuzz kill-prep clean
 all: found $(addprefix $(PREFIX),$(PROGRAMS))
 
 found:
@@ -74,6 +74,11 @@ $(BUILD)/test_%: dev/test/test_%.c $(HEADERS) $(BUILD)/flags
 $(BUILD)/fuzz_prep: dev/fuzz/fuzz_prep.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
 tests: all $(TESTS)
+
+# prep killed at random moments, KILL_RUNS times over.
+KILL_RUNS ?= 100
+kill-prep: all
+	dev/test/kill_prep.sh ./prep/prep $(SHARED)/data $(KILL_RUNS)
 
 # Damaged scans into prep for FUZZ_SECONDS; SHARED names the folder whose data/ they are made from.
 FUZZ_SECONDS ?= 3600

@@ -61,6 +61,7 @@ static void damage(const char *from, const char *path, uint64_t seed, uint64_t r
 
 // Runs prep; its exit status, or -1 where it was killed or took more than five minutes.
 static int run(const char *prep, const char *in, const char *out, const char *err) {
+    fflush(NULL);
     pid_t child = fork();
     if (child == 0) {
         alarm(300);

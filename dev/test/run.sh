@@ -49,6 +49,7 @@ suite 'gradients by finite differences, invariances' ./test_curia
 suite 'evaluate: probes, metrics, command line' build/test_evaluate ./evaluate
 suite 'command lines, checkpoints, bad input' dev/test/test_cli.sh "$shared"
 [ $have_shared ] && suite 'prep on real and broken scans' dev/test/test_prep.sh "$shared"
+[ $have_shared ] && suite 'prep on damaged scans' build/fuzz_prep ./prep/prep "$shared/data" 20
 suite "the README's commands, make run among them" dev/test/test_readme.sh "$shared"
 
 # The same code with the address and undefined-behaviour sanitizers, on small cases.
@@ -63,6 +64,7 @@ if make --no-print-directory -s BUILD=$asan PREFIX=$asan/ CFLAGS='-O1 -g' SANITI
     suite 'sanitizers: evaluate' $asan/test_evaluate $asan/evaluate
     BIN=$asan suite 'sanitizers: command lines' dev/test/test_cli.sh "$shared" --quick
     [ $have_shared ] && PREP=$asan/prep/prep suite 'sanitizers: prep' dev/test/test_prep.sh "$shared"
+    [ $have_shared ] && suite 'sanitizers: prep on damaged scans' build/fuzz_prep $asan/prep/prep "$shared/data" 40
 else
     cat "$work/build"
     failed=$((failed + 1))

@@ -268,23 +268,9 @@ expect 0 '' '--dry-run' "$prep" --dry-run "$work/i1"
 [ "$(tail -n +2 "$work/out" | cut -f4,25 | grep -c "taken.*$work/i1")" = 2 ] && [ "$(wc -l <"$work/out")" = 5 ] && good || bad "--dry-run prints $(wc -l <"$work/out") lines"
 
 # --- killed at any moment and called again, it ends with the same bytes, and finished shards are not written again
-whole() { exec "$prep" -o "$work/$1" --shard-size 2 --split patient:0.6/0.4 --planes all --jobs 2 "$data/ct_seg" "$data/dicom" "$data/orient" "$data/bad"; }
-begin=$(date +%s%3N)
-(whole r1 2>/dev/null)
-length=$(($(date +%s%3N) - begin)) kills=0 round=0
-while [ ! -e "$work/r2/summary.json" ] && [ $round -lt 60 ]; do
-    round=$((round + 1))
-    (whole r2 2>/dev/null) &
-    sleep "$(awk "BEGIN { print $length * (0.1 + 0.3 * $RANDOM / 32768 + 0.02 * $round) / 1000 }")"
-    kill -9 $! 2>/dev/null && kills=$((kills + 1))
-    wait $! 2>/dev/null
-    find "$work/r2" -name '*.shard' -printf '%p %i %T@ %s\n' | sort >"$work/now"
-    [ -e "$work/before" ] && [ "$(comm -23 "$work/before" "$work/now" | wc -l)" != 0 ] && bad "round $round wrote a finished shard again"
-    mv "$work/now" "$work/before"
-done
-diff -rq "$work/r1" "$work/r2" >"$work/out" && [ $kills -ge 3 ] && good || bad "after $kills kills in $round rounds: $(head -2 "$work/out")"
-[ -s "$work/r1/train/shard-000000.shard" ] && [ -s "$work/r1/val/shard-000000.shard" ] && good || bad '--split gives no two parts'
-[ -z "$(comm -12 <("$prep" --info "$work/r1/train" | grep -v '#' | cut -f2 | sort -u) <("$prep" --info "$work/r1/val" | grep -v '#' | cut -f2 | sort -u) | grep -v patient)" ] && good || bad 'a patient is in both parts'
+dev/test/kill_prep.sh "$prep" "$data" 1 "$work" >"$work/out" 2>&1 && good || bad "killed and called again: $(head -2 "$work/out")"
+[ -s "$work/whole/train/shard-000000.shard" ] && [ -s "$work/whole/val/shard-000000.shard" ] && good || bad '--split gives no two parts'
+[ -z "$(comm -12 <("$prep" --info "$work/whole/train" | grep -v '#' | cut -f2 | sort -u) <("$prep" --info "$work/whole/val" | grep -v '#' | cut -f2 | sort -u) | grep -v patient)" ] && good || bad 'a patient is in both parts'
 
 # --- shares of many nodes, merged, are the whole
 slices() { "$prep" --info "$1" | grep -v -e '#' -e '^volume' | sort; }
