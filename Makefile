@@ -26,7 +26,8 @@ PNG := -DCURIA_PNG
 PNG_LIBS := -lpng
 endif
 GDCM := $(lastword $(sort $(wildcard /usr/include/gdcm-*)))
-ifneq ($(GDCM),)
+ifeq ($(shell printf '%s\n' '$(HASH)include <gdcmTrace.h>' '$(HASH)include <zlib.h>' 'int main(){return 0;}' | \
+        $(CXX) -std=gnu++17 -x c++ -isystem $(GDCM) - -o /dev/null -lgdcmMSFF -lz 2>/dev/null && echo yes),yes)
 DICOM := -DCURIA_DICOM
 DICOM_LIBS := -lgdcmMSFF -lgdcmDSED -lgdcmCommon -lz -lstdc++
 endif

@@ -167,7 +167,8 @@ static inline Totals merge_report(Merge *m, FILE *report) {
             continue;
         }
         for (int first = 1; getline(&line, &room, f) > 0; first = 0) {
-            if (first && strcmp(line, "number\t" ROW_COLUMNS "\n")) fail(STATUS_DATA, "%s has other columns than this prep writes", path);
+            if (first && strcmp(line, "number\t" ROW_COLUMNS "\n"))
+                fail(STATUS_DATA, "%s has other columns than this prep writes", path);
             if (first) continue;
             row_cut(line, field);
             uint64_t volume = strtoull(field[ROW_VOLUME], NULL, 16);
@@ -219,7 +220,7 @@ static inline void merge_sets(const char *out, const char *const *sets, int n) {
     summary_write(summary, &m.seen, &t);
     aside_close(summary, path);
     fprintf(stderr, "%d shards of %d sets in %s: %llu volumes taken; %d copies of volumes left out\n", shards, n, out,
-            (unsigned long long)t.taken, copies);
+            t.taken, copies);
     free(m.shards);
     free(m.copies);
     free(m.seen.seen);

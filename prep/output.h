@@ -343,8 +343,8 @@ static inline void output_take(Output *out, uint64_t series, const uint8_t *resu
 // ---------------------------------------------------------------------------------------------------------------- closing
 
 typedef struct {
-    uint64_t volumes[MODALITY_COUNT], slices[MODALITY_COUNT], planes[PLANE_COUNT], reasons[REASON_COUNT], parts[MOST_PARTS];
-    uint64_t taken, patients, no_body, constant, masks, bad_files, copies, tilted;
+    unsigned long long volumes[MODALITY_COUNT], slices[MODALITY_COUNT], planes[PLANE_COUNT], reasons[REASON_COUNT],
+        parts[MOST_PARTS], taken, patients, no_body, constant, masks, bad_files, copies, tilted;
 } Totals;
 
 static inline int word_at(const char *word, const char *const *words, int n) {
@@ -354,7 +354,8 @@ static inline int word_at(const char *word, const char *const *words, int n) {
 }
 
 static inline void totals_add(Totals *t, char *field[ROW_COUNT]) {
-    int modality = word_at(field[ROW_MODALITY], modality_names, MODALITY_COUNT), reason = word_at(field[ROW_REASON], reason_names, REASON_COUNT);
+    int modality = word_at(field[ROW_MODALITY], modality_names, MODALITY_COUNT);
+    int reason = word_at(field[ROW_REASON], reason_names, REASON_COUNT);
     uint64_t slices = strtoull(field[ROW_SLICES], NULL, 10);
     t->bad_files += strtoull(field[ROW_BAD_FILES], NULL, 10);
     t->copies += strtoull(field[ROW_COPIES], NULL, 10);
@@ -397,30 +398,33 @@ static inline Totals output_report(Output *out, FILE *report, FILE *map) {
     return t;
 }
 
+// `"name": {"word": count, ...},` of the counts that are not 0, or of all of them.
+static inline void summary_counts(FILE *f, const char *name, const char *const *words, const unsigned long long *counts, int n, int all) {
+    int first = 1;
+    fprintf(f, "  \"%s\": {", name);
+    for (int i = 0; i < n; i++)
+        if (all || counts[i]) fprintf(f, "%s\"%s\": %llu", first ? "" : ", ", words[i], counts[i]), first = 0;
+    fprintf(f, "},\n");
+}
+
 static inline void summary_write(FILE *f, const Output *out, const Totals *t) {
     const Index *x = &out->prep->index;
     const Options *o = out->prep->options;
-    int shards = 0, first = 1;
+    int shards = 0;
     for (int i = 0; i < part_count(o); i++) shards += out->parts[i].shards;
     fprintf(f, "{\n");
     if (x->n_files)                     // a merge has seen none
         fprintf(f, "  \"run\": \"%016llx\",\n  \"files\": %llu,\n  \"series\": %llu,\n", (unsigned long long)out->run,
                 (unsigned long long)x->n_files, (unsigned long long)x->n_series);
-    fprintf(f, "  \"volumes_taken\": %llu,\n  \"patients\": %llu,\n", (unsigned long long)t->taken, (unsigned long long)t->patients);
-    fprintf(f, "  \"shards\": %d,\n  \"slices\": %llu,\n  \"slices_by_modality\": {", shards,
-            (unsigned long long)(t->slices[0] + t->slices[1] + t->slices[2]));
-    for (int i = 0; i < MODALITY_COUNT; i++) fprintf(f, "%s\"%s\": %llu", i ? ", " : "", modality_names[i], (unsigned long long)t->slices[i]);
-    fprintf(f, "},\n  \"volumes_by_plane\": {");
-    for (int i = 0; i < PLANE_COUNT; i++) fprintf(f, "%s\"%s\": %llu", i ? ", " : "", plane_names[i], (unsigned long long)t->planes[i]);
-    fprintf(f, "},\n  \"slices_by_part\": {");
-    for (int i = 0; i < o->parts; i++) fprintf(f, "%s\"%s\": %llu", i ? ", " : "", part_names[i], (unsigned long long)t->parts[i]);
-    fprintf(f, "},\n  \"dropped_without_body\": %llu,\n  \"dropped_constant\": %llu,\n  \"slices_with_mask\": %llu,\n",
-            (unsigned long long)t->no_body, (unsigned long long)t->constant, (unsigned long long)t->masks);
-    fprintf(f, "  \"files_not_decoded\": %llu,\n  \"copies_left_out\": %llu,\n  \"volumes_tilted\": %llu,\n  \"rejected\": {",
-            (unsigned long long)t->bad_files, (unsigned long long)t->copies, (unsigned long long)t->tilted);
-    for (int i = 1; i < REASON_COUNT; i++)
-        if (t->reasons[i]) fprintf(f, "%s\"%s\": %llu", first ? "" : ", ", reason_names[i], (unsigned long long)t->reasons[i]), first = 0;
-    fprintf(f, "}\n}\n");
+    fprintf(f, "  \"volumes_taken\": %llu,\n  \"patients\": %llu,\n  \"shards\": %d,\n  \"slices\": %llu,\n", t->taken, t->patients,
+            shards, t->slices[MODALITY_UNKNOWN] + t->slices[MODALITY_CT] + t->slices[MODALITY_MR]);
+    summary_counts(f, "slices_by_modality", modality_names, t->slices, MODALITY_COUNT, 1);
+    summary_counts(f, "volumes_by_plane", plane_names, t->planes, PLANE_COUNT, 1);
+    summary_counts(f, "slices_by_part", part_names, t->parts, o->parts, 1);
+    summary_counts(f, "rejected", reason_names, t->reasons, REASON_COUNT, 0);
+    fprintf(f, "  \"dropped_without_body\": %llu,\n  \"dropped_constant\": %llu,\n  \"slices_with_mask\": %llu,\n"
+               "  \"files_not_decoded\": %llu,\n  \"copies_left_out\": %llu,\n  \"volumes_tilted\": %llu\n}\n",
+            t->no_body, t->constant, t->masks, t->bad_files, t->copies, t->tilted);
 }
 
 // NAME in the folder, written aside; mode: its permissions.
@@ -452,7 +456,8 @@ static inline Totals output_close(Output *out) {
     }
     for (int i = 0; i < part_count(o); i++) part_close_shard(out, &out->parts[i]);
     output_sync(out);
-    FILE *report = aside_open(out, "report.tsv", 0666, path), *map = o->private_map ? aside_open(out, "private_map.tsv", 0600, map_path) : NULL;
+    FILE *report = aside_open(out, "report.tsv", 0666, path);
+    FILE *map = o->private_map ? aside_open(out, "private_map.tsv", 0600, map_path) : NULL;
     Totals t = output_report(out, report, map);
     aside_close(report, path);
     if (map) aside_close(map, map_path);

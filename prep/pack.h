@@ -271,8 +271,6 @@ static inline int series_places(const Record *r, int n, int *place, int *rank, i
     return places;
 }
 
-static inline int doubles_order(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
-
 // Geometry of a stack whose slices lie at `along` (ascending): steps, tilt of the gantry and gaps. Returns whether it is a
 // regular grid.
 static inline int series_geometry(Volume *v, VolumeResult *result, const Record *const *slices, const DicomFrame *f, int n) {
@@ -284,7 +282,7 @@ static inline int series_geometry(Volume *v, VolumeResult *result, const Record 
         normal[k] = f->row[(k + 1) % 3] * f->column[(k + 2) % 3] - f->row[(k + 2) % 3] * f->column[(k + 1) % 3];
     for (int i = 0; i + 1 < n; i++) gaps[i] = slices[i + 1]->along - slices[i]->along;
     if (n > 1) {
-        qsort(gaps, n - 1, sizeof *gaps, doubles_order);
+        qsort(gaps, n - 1, sizeof *gaps, raw_order);
         median = gaps[(n - 1) / 2];
         if (gaps[n - 2] - gaps[0] > fmax(0.05 * median, 0.1)) {
             volume_note(v, "uneven gaps of %.4g to %.4g mm", gaps[0], gaps[n - 2]);

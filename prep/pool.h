@@ -181,7 +181,7 @@ static inline void pool_bury(Pool *p, int number, const PoolCalls *calls) {
     } else calls->died(calls->context, task, item, kind, line);
 }
 
-// Does tasks 0..n-1; only at most `slots` results, those not yet taken, are held at a time.
+// Does tasks 0..n-1. At most `slots` results that are not yet taken are held at a time: a worker that is far ahead waits.
 static inline void pool_run(Pool *p, int64_t n, const PoolCalls *calls) {
     int64_t next = 0, taken = 0;
     struct pollfd *wait = (struct pollfd *)xmalloc(p->jobs * sizeof *wait, "workers");

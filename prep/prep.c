@@ -70,7 +70,8 @@ typedef struct { int mode, patients; uint64_t seed; Options pack; } Command;
 static const char *keep_names(void) {
     static char names[512];
     for (int i = 1; i < REASON_COUNT; i++)
-        if (reason_overruled[i]) snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", *names ? "," : "", reason_names[i]);
+        if (reason_overruled[i])
+            snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", *names ? "," : "", reason_names[i]);
     return names;
 }
 
@@ -145,15 +146,16 @@ static void read_salt(Options *o) {
 static Command parse_options(int argc, char **argv) {
     enum {
         OPTION_MODALITY = 256, OPTION_PLANES, OPTION_TRACK, OPTION_4D, OPTION_KEEP, OPTION_LABELS, OPTION_PATIENT, OPTION_SPLIT,
-        OPTION_SALT, OPTION_MAP, OPTION_PREVIEW, OPTION_SIZE, OPTION_SHARE, OPTION_LIST, OPTION_JOBS, OPTION_MEMORY, OPTION_TIME, OPTION_FAILED,
-        OPTION_DRY, OPTION_PHANTOM, OPTION_SEED, OPTION_PATIENTS, OPTION_INFO, OPTION_VERIFY, OPTION_MERGE
+        OPTION_SALT, OPTION_MAP, OPTION_PREVIEW, OPTION_SIZE, OPTION_SHARE, OPTION_LIST, OPTION_JOBS, OPTION_MEMORY, OPTION_TIME,
+        OPTION_FAILED, OPTION_DRY, OPTION_PHANTOM, OPTION_SEED, OPTION_PATIENTS, OPTION_INFO, OPTION_VERIFY, OPTION_MERGE
     };
     static const struct option table[] = {
         {"out", 1, 0, 'o'}, {"help", 0, 0, 'h'}, {"modality", 1, 0, OPTION_MODALITY}, {"planes", 1, 0, OPTION_PLANES},
         {"track", 1, 0, OPTION_TRACK}, {"4d", 1, 0, OPTION_4D}, {"keep", 1, 0, OPTION_KEEP}, {"labels", 1, 0, OPTION_LABELS},
         {"patient-from", 1, 0, OPTION_PATIENT}, {"split", 1, 0, OPTION_SPLIT}, {"salt-file", 1, 0, OPTION_SALT},
         {"private-map", 0, 0, OPTION_MAP}, {"preview", 0, 0, OPTION_PREVIEW}, {"shard-size", 1, 0, OPTION_SIZE},
-        {"shard-of", 1, 0, OPTION_SHARE}, {"list", 1, 0, OPTION_LIST}, {"jobs", 1, 0, OPTION_JOBS}, {"memory-limit", 1, 0, OPTION_MEMORY},
+        {"shard-of", 1, 0, OPTION_SHARE}, {"list", 1, 0, OPTION_LIST}, {"jobs", 1, 0, OPTION_JOBS},
+        {"memory-limit", 1, 0, OPTION_MEMORY},
         {"time-limit", 1, 0, OPTION_TIME}, {"max-failed", 1, 0, OPTION_FAILED}, {"dry-run", 0, 0, OPTION_DRY},
         {"phantom", 0, 0, OPTION_PHANTOM}, {"seed", 1, 0, OPTION_SEED}, {"patients", 1, 0, OPTION_PATIENTS},
         {"info", 0, 0, OPTION_INFO}, {"verify", 0, 0, OPTION_VERIFY}, {"merge", 0, 0, OPTION_MERGE}, {0}};
@@ -293,10 +295,10 @@ static void pack(const Options *o, char **arguments, int n) {
     pool = pool_open(o->jobs, o->time_limit, o->memory_limit);
     pool_run(&pool, (int64_t)job.tasks, &(PoolCalls){&job, pack_work, pack_take, pack_died, pack_tick});
     pool_close(&pool, &decoding[1], &working[1], &peak[1]);
-    double writing = seconds_now();
+    double ending = seconds_now();
     Totals t = output_close(output);
-    uint64_t rejected = 0, failed = 0, slices = t.slices[0] + t.slices[1] + t.slices[2], other = 0;
-    int shards = 0, unused = o->labels ? labels_unused(&prep.labels) : 0;
+    unsigned long long rejected = 0, failed = 0, slices = t.slices[0] + t.slices[1] + t.slices[2], other = 0;
+    int shards = 0, unused = o->labels ? labels_unused(&prep.labels) : 0, first = 1;
     for (int i = 1; i < REASON_COUNT; i++) {
         rejected += t.reasons[i];
         if (i != REASON_UNKNOWN && i <= REASON_MEMORY) failed += t.reasons[i];
@@ -305,28 +307,27 @@ static void pack(const Options *o, char **arguments, int n) {
     for (int i = 0; i < part_count(o); i++) shards += output->parts[i].shards;
     if (unused)
         warn("%d of %d rows of %s match no stored slice (file or series, and slice, as --help says)", unused, prep.labels.n, o->labels);
-    fprintf(stderr, "%s%llu files, %llu of them not images: %llu volumes taken, %llu left out",  isatty(2) ? "\r\033[K" : "",
-            (unsigned long long)prep.index.n_files, (unsigned long long)other, (unsigned long long)t.taken, (unsigned long long)rejected);
-    for (int i = 1, first = 1; i < REASON_COUNT; i++)
-        if (t.reasons[i]) fprintf(stderr, "%s%llu %s", first ? " (" : ", ", (unsigned long long)t.reasons[i], reason_names[i]), first = 0;
-    fprintf(stderr,
-            "%s\n%llu CT and %llu MR volumes of %llu patients: %llu slices in %d shards; dropped %llu slices without body and %llu "
-            "constant\n",
-            rejected ? ")" : "", (unsigned long long)t.volumes[MODALITY_CT], (unsigned long long)t.volumes[MODALITY_MR],
-            (unsigned long long)t.patients, (unsigned long long)slices, shards, (unsigned long long)t.no_body,
-            (unsigned long long)t.constant);
+    fprintf(stderr, "%s%llu files, %llu of them not images: %llu volumes taken, %llu left out", isatty(2) ? "\r\033[K" : "",
+            (unsigned long long)prep.index.n_files, other, t.taken, rejected);
+    for (int i = 1; i < REASON_COUNT; i++)
+        if (t.reasons[i]) fprintf(stderr, "%s%llu %s", first ? " (" : ", ", t.reasons[i], reason_names[i]), first = 0;
+    fprintf(stderr, "%s\n%llu CT and %llu MR volumes of %llu patients: %llu slices in %d shards; dropped %llu slices without body and "
+                    "%llu constant\n", rejected ? ")" : "", t.volumes[MODALITY_CT], t.volumes[MODALITY_MR], t.patients, slices, shards,
+            t.no_body, t.constant);
+    double decoded = decoding[0] + decoding[1], worked = working[0] + working[1];
     fprintf(stderr, "%.1f s in all with %d workers: they spent %.3f s decoding and %.3f s otherwise; %.1f s at the end; "
                     "largest worker %.0f MiB\n",
-            seconds_now() - job.start, o->jobs, decoding[0] + decoding[1],
-            working[0] + working[1] - decoding[0] - decoding[1], seconds_now() - writing, (peak[0] > peak[1] ? peak[0] : peak[1]) / 1048576.0);
-    if (t.patients == 1 && t.taken > 20) warn("all %d volumes are of one patient by --patient-from; see --help if that is wrong", (int)t.taken);
+            seconds_now() - job.start, o->jobs, decoded, worked - decoded, seconds_now() - ending,
+            (peak[0] > peak[1] ? peak[0] : peak[1]) / 1048576.0);
+    if (t.patients == 1 && t.taken > 20)
+        warn("all %llu volumes are of one patient by --patient-from; see --help if that is wrong", t.taken);
     if (slices && !o->dry_run)
         fprintf(stderr, "scans of heads hold faces, which can be made out again: deface them before sharing these shards outside\n");
-    if (slices == 0) fail(STATUS_DATA, "no usable volume in %s%s; the lines above say why", n ? arguments[0] : o->list, n > 1 ? " ..." : "");
+    if (slices == 0)
+        fail(STATUS_DATA, "no usable volume in %s%s; the lines above say why", n ? arguments[0] : o->list, n > 1 ? " ..." : "");
     if (output->named_bad) fail(STATUS_DATA, "a file named on the command line was left out, as said above");
     if (100.0 * failed > o->most_failed * (t.taken + failed))
-        fail(STATUS_DATA, "%llu of %llu series could not be read, more than --max-failed %g %%", (unsigned long long)failed,
-             (unsigned long long)(t.taken + failed), o->most_failed);
+        fail(STATUS_DATA, "%llu of %llu series could not be read, more than --max-failed %g %%", failed, t.taken + failed, o->most_failed);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- shards

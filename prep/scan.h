@@ -44,7 +44,6 @@ typedef struct {
     void *output;                               // the parent's
 } Prep;
 
-// Whether one of the backslash-separated values of `list` is or contains `word`.
 static inline int image_type_has(const char *list, const char *word) { return strcasestr(list, word) != NULL; }
 
 // INTEROP 2.3.11: the first reason that holds and that --keep does not overrule.
@@ -52,7 +51,7 @@ static inline int dicom_reason(const DicomHeader *h, const DicomFrame *f, const 
     static const char secondary[] = "1.2.840.10008.5.1.4.1.1.7", *const objects[] = {
         "1.2.840.10008.5.1.4.1.1.66", "1.2.840.10008.5.1.4.1.1.88", "1.2.840.10008.5.1.4.1.1.481", "1.2.840.10008.5.1.4.1.1.104",
         "1.2.840.10008.5.1.4.1.1.11", "1.2.840.10008.1.3.10"};
-    int object = !h->has_pixels, maps = image_type_has(h->image_type, "PERFUSION"), native = !strcmp(h->modality, "MR");
+    int object = !h->has_pixels;
     for (size_t i = 0; i < sizeof objects / sizeof *objects; i++) {
         size_t n = strlen(objects[i]);
         object |= !strncmp(h->sop_class, objects[i], n) && (h->sop_class[n] == 0 || h->sop_class[n] == '.');
@@ -64,8 +63,8 @@ static inline int dicom_reason(const DicomHeader *h, const DicomFrame *f, const 
         {REASON_NOT_SCALAR, h->samples != 1},
         {REASON_DOSE_REPORT, image_type_has(h->description, "dose report") || image_type_has(h->image_type, "DOSE_INFO")},
         {REASON_BURNED_IN, h->burned_in},
-        {REASON_MODALITY, strcmp(h->modality, "CT") && !native},
-        {REASON_PERFUSION, maps},
+        {REASON_MODALITY, strcmp(h->modality, "CT") && strcmp(h->modality, "MR")},
+        {REASON_PERFUSION, image_type_has(h->image_type, "PERFUSION")},
         {REASON_PROJECTION, image_type_has(h->image_type, "PROJECTION IMAGE") || image_type_has(h->image_type, "\\MIP") ||
                                 image_type_has(h->image_type, "\\MINIP") || image_type_has(h->image_type, "\\MPR")},
         {REASON_LOCALIZER, image_type_has(h->image_type, "LOCALIZER") || image_type_has(h->image_type, "SCOUT")},
