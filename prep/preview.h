@@ -4,7 +4,7 @@ Contact sheets of what is in shards, drawn from the shards alone, so that they s
   preview_write      PNG sheets of tiles: the middle slice of each volume and plane, with what the shard says about it
   PreviewSheet       the sheet being drawn
   preview_dot, preview_text      a pixel, and text in a font of 5x7
-  preview_resample   a slice at the size of its tile
+  preview_weights, preview_resample   a slice at the size of its tile
   preview_tone       grey of a CT value
   preview_window     two pixel values for black and white, where the unit is the scanner's own
   preview_region     a mask at the size of its tile
@@ -81,23 +81,42 @@ static inline void preview_text(PreviewSheet *s, int x, int y, int room, const c
     }
 }
 
-// out[h][w] from pixels [rows][cols], in pixel values: weights fall linearly to 0 at one source pixel's distance, or at one
-// output pixel's where that is more. So it interpolates where it enlarges, and leaves no pixel out where it reduces.
+// Along one axis: of which source pixels, `stride` at most from from[i] on, each of `out` pixels is made, and how much of
+// each. Weights fall linearly to 0 at one source pixel's distance, or at one output pixel's where that is more: so this
+// interpolates where it enlarges, and leaves no pixel out where it reduces.
+static inline float *preview_weights(int source, int out, int *from, int *stride) {
+    double step = (double)source / out, reach = fmax(1, step);
+    *stride = (int)(2 * reach) + 2;
+    float *weights = (float *)xmalloc((size_t)out * *stride * sizeof *weights, "a preview");
+    for (int i = 0; i < out; i++) {
+        double at = (i + 0.5) * step - 0.5, total = 0;
+        from[i] = (int)fmax(0, at - reach + 1);
+        for (int pass = 0; pass < 2; pass++)
+            for (int k = 0; k < *stride && from[i] + k < source; k++) {
+                double weight = fmax(0, 1 - fabs(from[i] + k - at) / reach);
+                if (pass) weights[(size_t)i * *stride + k] = (float)(weight / total);
+                else total += weight;
+            }
+    }
+    return weights;
+}
+
+// out[h][w] from pixels [rows][cols], in pixel values: along rows, then along columns.
 static inline void preview_resample(const int16_t *pixels, int rows, int cols, float *out, int h, int w) {
-    double step_y = (double)rows / h, step_x = (double)cols / w, reach_y = fmax(1, step_y), reach_x = fmax(1, step_x);
+    int across[PREVIEW_SIDE], down[PREVIEW_SIDE], wide, high;
+    float *weights_x = preview_weights(cols, w, across, &wide), *weights_y = preview_weights(rows, h, down, &high);
+    float *narrow = (float *)xmalloc((size_t)rows * w * sizeof *narrow, "a preview");
+    for (int r = 0; r < rows; r++)
+        for (int x = 0; x < w; x++)
+            for (int k = 0; k < wide && across[x] + k < cols; k++)
+                narrow[(size_t)r * w + x] += weights_x[(size_t)x * wide + k] * pixels[(size_t)r * cols + across[x] + k];
+    memset(out, 0, (size_t)h * w * sizeof *out);
     for (int y = 0; y < h; y++)
-        for (int x = 0; x < w; x++) {
-            double row = (y + 0.5) * step_y - 0.5, col = (x + 0.5) * step_x - 0.5, sum = 0, total = 0;
-            int top = (int)fmax(0, row - reach_y + 1), bottom = (int)fmin(rows - 1, row + reach_y);
-            int left = (int)fmax(0, col - reach_x + 1), right = (int)fmin(cols - 1, col + reach_x);
-            for (int r = top; r <= bottom; r++)
-                for (int c = left; c <= right; c++) {
-                    double weight = fmax(0, 1 - fabs(r - row) / reach_y) * fmax(0, 1 - fabs(c - col) / reach_x);
-                    sum += weight * pixels[(size_t)r * cols + c];
-                    total += weight;
-                }
-            out[y * w + x] = (float)(sum / total);
-        }
+        for (int k = 0; k < high && down[y] + k < rows; k++)
+            for (int x = 0; x < w; x++) out[y * w + x] += weights_y[(size_t)y * high + k] * narrow[(size_t)(down[y] + k) * w + x];
+    free(weights_x);
+    free(weights_y);
+    free(narrow);
 }
 
 // Grey of a CT value, 0 or less for black, 1 or more for white: one curve for lung, fat, soft tissue and bone, steepest from
