@@ -122,9 +122,8 @@ static inline void pack_plane(Packing *p, VolumeResult *result, const Volume *v,
                               float threshold, ShardSlice **records) {
     const Options *o = p->prep->options;
     VolumeView w = volume_view(v, plane);
-    size_t n = (size_t)w.rows * w.cols, room = shard_align(3 * n);
-    uint8_t *block = (uint8_t *)xmalloc(room, "a slice");
-    int16_t *pixels = (int16_t *)block, *mask = marks->has_mask ? (int16_t *)xmalloc(n * sizeof *mask, "a mask") : NULL;
+    size_t n = (size_t)w.rows * w.cols;
+    int16_t *mask = marks->has_mask ? (int16_t *)xmalloc(n * sizeof *mask, "a mask") : NULL;
     int first = result->slices;
     Moments plain = {0}, clipped = {0};
     s.rows = w.rows, s.cols = w.cols, s.volume_slices = w.slices, s.plane = (uint8_t)plane;
@@ -133,6 +132,8 @@ static inline void pack_plane(Packing *p, VolumeResult *result, const Volume *v,
     if (!*records) fail(STATUS_FAILED, "out of memory: %d slices", first + w.slices);
     for (int i = 0; i < w.slices; i++) {
         int at = volume_file_slice(v, &w, i), marked = 0;
+        uint8_t *block = (uint8_t *)result_room(p->out, shard_align(3 * n)); // made in its place
+        int16_t *pixels = (int16_t *)block;
         volume_slice(v, plane, i, pixels);
         if (v->slice_scale) s.scale = v->slice_scale[at], s.intercept = v->slice_intercept[at];
         if (mask) {
@@ -158,7 +159,7 @@ static inline void pack_plane(Packing *p, VolumeResult *result, const Volume *v,
         size_t bytes = shard_slice_bytes(&s), used = n * (mask ? 3 : 2);
         memset(block + used, 0, bytes - used);
         s.checksum = checksum(block, bytes);
-        result_write(p->out, block, bytes);
+        p->out->at += (off_t)bytes;
         (*records)[result->slices++] = s;
         result->masks += marked;
     }
@@ -168,7 +169,6 @@ static inline void pack_plane(Packing *p, VolumeResult *result, const Volume *v,
         t->volume_mean_clipped = (float)clipped.mean, t->volume_std_clipped = (float)moments_std(&clipped);
         result->content = volume_content(result->content, t);
     }
-    free(block);
     free(mask);
 }
 
@@ -592,7 +592,7 @@ static inline void pack_series(const Prep *prep, Pool *pool, int64_t task, PoolR
     pool_item(pool, -1);
     head = (SeriesResult){(uint64_t)p.n_volumes, (uint64_t)out->at};
     result_write(out, p.volumes, p.n_volumes * sizeof *p.volumes);
-    result_at(out, 0, &head, sizeof head);
+    memcpy(out->base, &head, sizeof head);
     free(p.volumes);
 }
 

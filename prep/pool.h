@@ -7,7 +7,7 @@ at, which the parent marks; the task is then done again without it.
   pool_open         sets limits and slots; workers start with the first task
   pool_run          does tasks 0..n-1
   pool_item         in a worker: which item it is at, for the parent to blame
-  PoolResult, result_write, result_at   in a worker: the bytes of its result
+  PoolResult, result_room, result_write   in a worker: the bytes of its result
   pool_close        ends the workers
 */
 #ifndef CURIA_POOL_H
@@ -21,13 +21,16 @@ at, which the parent marks; the task is then done again without it.
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include "../curia/log.h"
 
 enum { KEPT_BYTES = 64 << 20 };         // of the memory of a result, kept for the next one
+#define MOST_BYTES ((off_t)1 << 36)     // of a result: addresses are set aside for as much, memory as it grows
 
-typedef struct { int file; off_t at; } PoolResult;
+// A worker's result: a memory file, mapped by parent and workers alike. at: bytes so far; room: bytes of the file.
+typedef struct { uint8_t *base; int file; off_t at, room; } PoolResult;
 
 // What a worker shows its parent, in shared memory.
 typedef struct {
@@ -45,7 +48,7 @@ typedef struct {
     uint64_t memory_limit;             // bytes a worker may allocate
     PoolWorker *workers;
     PoolShown *shown;                  // [jobs], shared
-    int *results;                      // [slots] memory files, inherited by the workers
+    PoolResult *results;               // [slots]
     int *errors;                       // [jobs] what a worker says on stderr
     int64_t *task;                     // [slots] -1: free
     off_t *done;                       // [slots] bytes of the result; -1: not yet
@@ -61,19 +64,18 @@ typedef struct {
 
 enum { POOL_CRASHED, POOL_LATE, POOL_MEMORY };
 
-static inline void result_write(PoolResult *r, const void *data, size_t bytes) {
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pwrite(r->file, (const char *)data + done, bytes - done, r->at + (off_t)done);
-        if (n < 0 && errno != EINTR) fail(STATUS_FAILED, "out of memory: a result of %zu bytes", bytes);
-        if (n > 0) done += (size_t)n;
+// Where the next `bytes` of the result go; r->at is moved by whoever writes them.
+static inline void *result_room(PoolResult *r, size_t bytes) {
+    if (r->at + (off_t)bytes > r->room) {
+        r->room = r->at + (off_t)bytes + r->room / 2;
+        if (r->room > MOST_BYTES || ftruncate(r->file, r->room)) fail(STATUS_FAILED, "out of memory: a result of %lld bytes", (long long)r->room);
     }
-    r->at += (off_t)bytes;
+    return r->base + r->at;
 }
 
-// Overwrites an earlier part of the result.
-static inline void result_at(PoolResult *r, off_t at, const void *data, size_t bytes) {
-    PoolResult part = {r->file, at};
-    result_write(&part, data, bytes);
+static inline void result_write(PoolResult *r, const void *data, size_t bytes) {
+    if (bytes) memcpy(result_room(r, bytes), data, bytes);
+    r->at += (off_t)bytes;
 }
 
 // Called before anything that a bad file could break; item is the caller's number for it.
@@ -85,13 +87,19 @@ static inline void pool_item(Pool *p, int64_t item) {
 static inline Pool pool_open(int jobs, double time_limit, uint64_t memory_limit) {
     Pool p = {.jobs = jobs, .slots = 2 * jobs + 1, .time_limit = time_limit, .memory_limit = memory_limit};
     p.workers = (PoolWorker *)xmalloc(jobs * sizeof *p.workers, "workers");
-    p.results = (int *)xmalloc(p.slots * sizeof *p.results, "workers");
+    p.results = (PoolResult *)xmalloc(p.slots * sizeof *p.results, "workers");
     p.errors = (int *)xmalloc(jobs * sizeof *p.errors, "workers");
     p.task = (int64_t *)xmalloc(p.slots * sizeof *p.task, "workers");
     p.done = (off_t *)xmalloc(p.slots * sizeof *p.done, "workers");
     p.shown = (PoolShown *)mmap(NULL, jobs * sizeof *p.shown, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     int bad = p.shown == MAP_FAILED;
-    for (int i = 0; i < p.slots; i++) bad |= (p.results[i] = memfd_create("result", MFD_CLOEXEC)) < 0, p.task[i] = p.done[i] = -1;
+    for (int i = 0; i < p.slots; i++) {
+        PoolResult *r = &p.results[i];
+        p.task[i] = p.done[i] = -1;
+        r->file = memfd_create("result", MFD_CLOEXEC);
+        r->base = (uint8_t *)mmap(NULL, MOST_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->file, 0);
+        bad |= r->file < 0 || r->base == MAP_FAILED;
+    }
     for (int i = 0; i < jobs; i++) bad |= (p.errors[i] = memfd_create("errors", MFD_CLOEXEC)) < 0;
     if (bad) fail(STATUS_FAILED, "cannot set up %d workers: %s; use fewer --jobs", jobs, strerror(errno));
     return p;
@@ -115,7 +123,9 @@ __attribute__((noreturn)) static inline void pool_serve(Pool *p, int number, int
 #endif
     for (struct { int64_t task; int slot; } order; read(from, &order, sizeof order) == sizeof order;) {
         double start = seconds_now();
-        PoolResult result = {p->results[order.slot], 0};
+        PoolResult result = p->results[order.slot];
+        struct stat now;
+        if (fstat(result.file, &now) == 0) result.room = now.st_size; // another worker may have made it larger
         calls->work(calls->context, p, order.task, &result);
         PoolShown *shown = &p->shown[number];
         shown->item = -1;
@@ -222,11 +232,8 @@ static inline void pool_run(Pool *p, int64_t n, const PoolCalls *calls) {
         for (int s = 0; s < p->slots; s++) {
             if (p->done[s] < 0 || p->task[s] != taken) continue;
             off_t bytes = p->done[s];
-            void *result = bytes ? mmap(NULL, (size_t)bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, p->results[s], 0) : NULL;
-            if (result == MAP_FAILED) fail(STATUS_FAILED, "out of memory: a result of %lld bytes", (long long)bytes);
-            calls->take(calls->context, taken, (const uint8_t *)result, (size_t)bytes);
-            if (result) munmap(result, (size_t)bytes);
-            if (bytes > KEPT_BYTES && ftruncate(p->results[s], KEPT_BYTES))
+            calls->take(calls->context, taken, p->results[s].base, (size_t)bytes);
+            if (bytes > KEPT_BYTES && ftruncate(p->results[s].file, KEPT_BYTES))
                 fail(STATUS_FAILED, "cannot free a result: %s", strerror(errno));
             p->done[s] = -1;
             p->task[s] = -1;
@@ -254,7 +261,10 @@ static inline void pool_close(Pool *p, double *decoding, double *working, uint64
         if (p->shown[i].peak > *peak) *peak = p->shown[i].peak;
         close(p->errors[i]);
     }
-    for (int i = 0; i < p->slots; i++) close(p->results[i]);
+    for (int i = 0; i < p->slots; i++) {
+        munmap(p->results[i].base, MOST_BYTES);
+        close(p->results[i].file);
+    }
     munmap(p->shown, p->jobs * sizeof *p->shown);
     free(p->workers);
     free(p->results);
