@@ -250,23 +250,19 @@ static inline void marks_mask(Packing *p, Marks *m, Volume *v, const char *path,
 
 // ------------------------------------------------------------------------------------------------------------------- DICOM
 
-// The slices at each place along the normal, without copies: fills place and rank of each of n records (rank -1: a copy of
-// an earlier one). Returns how many places; *ranks is how many slices the fullest place has.
-static inline int series_places(const Record *r, int n, int *place, int *rank, int *ranks) {
-    int places = 0, last = -1;
+// The slices at each place along the normal, without copies: fills rank of each of n records, its number among those at its
+// place, -1: a copy of the one before. Returns how many places; *ranks is how many slices the fullest place has.
+static inline int series_places(const Record *r, int n, int *rank, int *ranks) {
+    int places = 0, first = 0, used = 0;
     *ranks = 0;
     for (int i = 0; i < n; i++) {
-        if (i == 0 || r[i].along - r[last].along > 0.01) {
+        if (i == 0 || r[i].along - r[first].along > 0.01) {
             places++;
-            last = i;
-            rank[i] = 0;
-        } else {
-            int copy = 0, used = 0;
-            for (int j = last; j < i; j++) copy |= r[j].instance == r[i].instance, used += rank[j] >= 0;
-            rank[i] = copy ? -1 : used;
+            first = i;
+            used = 0;
         }
-        place[i] = places - 1;
-        if (rank[i] + 1 > *ranks) *ranks = rank[i] + 1;
+        rank[i] = i > first && r[i].instance == r[i - 1].instance ? -1 : used++;
+        if (used > *ranks) *ranks = used;
     }
     return places;
 }
@@ -359,8 +355,9 @@ static inline void pack_rank(Packing *p, DicomOpen *d, const int *rank, int want
     uint8_t *raw = NULL;
     size_t bytes = 0;
     char reason[256] = "", first_bad[256] = "", series[DICOM_TEXT] = "";
-    int n = 0, type = 0, same = 1, inverted = 0;
+    int n = 0, most = 0, type = 0, same = 1, inverted = 0;
     DicomFrame frame = {0};
+    for (uint64_t i = 0; i < p->count; i++) most += rank[i] == wanted;
     for (uint64_t i = 0; i < p->count; i++) {
         if (rank[i] != wanted) continue;
         const FileEntry *file = index_file(&p->prep->index, r[i].file);
@@ -374,8 +371,8 @@ static inline void pack_rank(Packing *p, DicomOpen *d, const int *rank, int want
                 v.n[0] = d->header.cols, v.n[1] = d->header.rows;
                 snprintf(series, sizeof series, "%s", d->header.series);
                 snprintf(result->format, sizeof result->format, "DICOM %s", d->header.syntax_name);
-                raw = (uint8_t *)malloc(bytes * p->count);
-                if (!raw) fail(STATUS_FAILED, "out of memory: a series of %.1f GiB", bytes * p->count / 1073741824.0);
+                raw = (uint8_t *)malloc(bytes * most);
+                if (!raw) fail(STATUS_FAILED, "out of memory: a series of %.1f GiB", bytes * most / 1073741824.0);
             }
         }
         if (!bad) bad = dicom_frame(p, d, &r[i], raw + bytes * n, bytes, reason, sizeof reason);
@@ -451,8 +448,8 @@ static inline void pack_dicom(Packing *p) {
     const Options *o = p->prep->options;
     const Record *r = p->records;
     int n = (int)p->count, ranks, duplicates = 0;
-    int *place = (int *)xmalloc(2 * (n + 1) * sizeof *place, "a series"), *rank = place + n + 1;
-    int places = series_places(r, n, place, rank, &ranks);
+    int *rank = (int *)xmalloc((n + 1) * sizeof *rank, "a series");
+    int places = series_places(r, n, rank, &ranks);
     for (int i = 0; i < n; i++) duplicates += rank[i] < 0;
     if (places < 4 && !o->keep[REASON_FEW]) {
         VolumeResult *v = pack_new(p, r, 0);
@@ -465,7 +462,7 @@ static inline void pack_dicom(Packing *p) {
         for (int k = first; k <= last; k++) pack_rank(p, &d, rank, k, ranks, k == first ? duplicates : 0);
         dicom_open_close(&d);
     }
-    free(place);
+    free(rank);
 }
 
 // ------------------------------------------------------------------------------------------------------------ volume files
