@@ -33,7 +33,7 @@ DICOM_LIBS := -lgdcmMSFF -lgdcmDSED -lgdcmCommon -lz -lstdc++
 endif
 
 PROGRAMS := train_curia evaluate test_curia prep/prep
-TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate $(BUILD)/fuzz_prep
+TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate $(BUILD)/test_dicom $(BUILD)/fuzz_prep
 HEADERS := $(wildcard *.h curia/*.h prep/*.h)
 PACKAGES := g++ libgdcm-dev libnifti2-dev libisal-dev zlib1g-dev libpng-dev
 

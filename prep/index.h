@@ -240,8 +240,8 @@ static inline int plane_of(const float row[3], const float column[3]) {
 }
 
 // Tells the orientations in a series apart (to 1e-3 in every cosine) and fills `along`. Slices in more than one plane are a
-// localizer; slices in several orientations of one plane (discs of a spine, say) are several volumes.
-static inline void series_orientations(Record *r, uint64_t n) {
+// localizer, unless it is kept; slices in several orientations of one plane (discs of a spine, say) are several volumes.
+static inline void series_orientations(Record *r, uint64_t n, const uint8_t keep[REASON_COUNT]) {
     enum { MOST = 64 };
     const Record *first[MOST];
     int orientations = 0, planes = 0;
@@ -262,12 +262,12 @@ static inline void series_orientations(Record *r, uint64_t n) {
                                               (double)f->row[(k + 2) % 3] * f->column[(k + 1) % 3]);
         planes |= r[i].kind == KIND_DICOM ? 1 << plane_of(r[i].row, r[i].column) : 0;
     }
-    for (uint64_t i = 0; (planes & (planes - 1)) && i < n; i++)
+    for (uint64_t i = 0; (planes & (planes - 1)) && !keep[REASON_LOCALIZER] && i < n; i++)
         if (!r[i].reason) r[i].reason = REASON_LOCALIZER;
 }
 
 // Sorts the records and lists the series.
-static inline void index_sort(Index *x) {
+static inline void index_sort(Index *x, const uint8_t keep[REASON_COUNT]) {
     Record *r = index_record(x, 0);
     records_sort(x, r, x->n_records);
     for (int pass = 0; pass < 2; pass++) {
@@ -277,7 +277,7 @@ static inline void index_sort(Index *x) {
             for (next = i + 1; next < x->n_records && r[next].patient == r[i].patient && r[next].series == r[i].series; next++)
                 if (pass && r[next].orientation != r[i].orientation) break;
             if (pass == 0) {
-                series_orientations(r + i, next - i);
+                series_orientations(r + i, next - i, keep);
                 records_sort(x, r + i, next - i);
                 continue;
             }

@@ -344,7 +344,7 @@ static inline void output_take(Output *out, uint64_t series, const uint8_t *resu
 
 typedef struct {
     unsigned long long volumes[MODALITY_COUNT], slices[MODALITY_COUNT], planes[PLANE_COUNT], reasons[REASON_COUNT],
-        parts[MOST_PARTS], taken, patients, no_body, constant, masks, bad_files, copies, tilted;
+        parts[MOST_PARTS], taken, patients, no_body, constant, masks, files, bad_files, copies, tilted;
 } Totals;
 
 static inline int word_at(const char *word, const char *const *words, int n) {
@@ -357,7 +357,9 @@ static inline void totals_add(Totals *t, char *field[ROW_COUNT]) {
     int modality = word_at(field[ROW_MODALITY], modality_names, MODALITY_COUNT);
     int reason = word_at(field[ROW_REASON], reason_names, REASON_COUNT);
     uint64_t slices = strtoull(field[ROW_SLICES], NULL, 10);
-    t->bad_files += strtoull(field[ROW_BAD_FILES], NULL, 10);
+    uint64_t files = strtoull(field[ROW_FILES], NULL, 10), bad = strtoull(field[ROW_BAD_FILES], NULL, 10);
+    t->files += files + bad;
+    t->bad_files += bad ? bad : reason && reason <= REASON_MEMORY && reason != REASON_UNKNOWN ? files : 0;
     t->copies += strtoull(field[ROW_COPIES], NULL, 10);
     t->reasons[reason] += reason != 0;
     if (reason) return;

@@ -250,8 +250,32 @@ static inline void marks_mask(Packing *p, Marks *m, Volume *v, const char *path,
 
 // ------------------------------------------------------------------------------------------------------------------- DICOM
 
-// The slices at each place along the normal, without copies: fills rank of each of n records, its number among those at its
-// place, -1: a copy of the one before. Returns how many places; *ranks is how many slices the fullest place has.
+static inline int ints_order(const void *a, const void *b) {
+    return (*(const int *)a > *(const int *)b) - (*(const int *)a < *(const int *)b);
+}
+
+// Which of `ranks` volumes of a 4-D series each record is of, if TemporalPosition (or else AcquisitionNumber) tells: then a
+// slice that is missing is missed in its own volume. rank: -1 stays; else overwritten. Returns whether it tells.
+static inline int series_ranks_by(const Record *r, int n, int by_acquisition, int ranks, int *rank) {
+    int *values = (int *)xmalloc((n + 1) * sizeof *values, "a series"), kinds = 0, tells = 1;
+    for (int i = 0; i < n; i++) values[i] = by_acquisition ? r[i].acquisition : r[i].temporal;
+    qsort(values, n, sizeof *values, ints_order);
+    for (int i = 0; i < n; i++)
+        if (kinds == 0 || values[i] != values[kinds - 1]) values[kinds++] = values[i];
+    tells = kinds == ranks && values[0] >= 0;
+    for (int pass = 0; pass < 2 && tells; pass++)
+        for (int i = 0; i < n; i++) {
+            int value = by_acquisition ? r[i].acquisition : r[i].temporal;
+            if (rank[i] < 0) continue;
+            if (pass) rank[i] = (int)((int *)bsearch(&value, values, kinds, sizeof *values, ints_order) - values);
+            else if (rank[i] > 0 && value == (by_acquisition ? r[i - 1].acquisition : r[i - 1].temporal)) tells = 0;
+        }
+    free(values);
+    return tells;
+}
+
+// The slices at each place along the normal, without copies: fills rank of each of n records, the volume of a 4-D series it
+// is of, -1: a copy of the one before. Returns how many places; *ranks is how many slices the fullest place has.
 static inline int series_places(const Record *r, int n, int *rank, int *ranks) {
     int places = 0, first = 0, used = 0;
     *ranks = 0;
@@ -264,6 +288,7 @@ static inline int series_places(const Record *r, int n, int *rank, int *ranks) {
         rank[i] = i > first && r[i].instance == r[i - 1].instance ? -1 : used++;
         if (used > *ranks) *ranks = used;
     }
+    if (*ranks > 1 && !series_ranks_by(r, n, 0, *ranks, rank)) series_ranks_by(r, n, 1, *ranks, rank);
     return places;
 }
 

@@ -55,7 +55,7 @@ static const char help[] =
     "      --jobs N             worker processes (default: as many as processors)\n"
     "      --memory-limit MB    what a worker may allocate (default 8192)\n"
     "      --time-limit S       how long a worker may be at one file (default 300)\n"
-    "      --max-failed PERCENT end with status 3 where more of the series than this could not be read (default 50)\n"
+    "      --max-failed PERCENT end with status 3 where more of the files than this could not be read (default 50)\n"
     "      --seed N             of the phantom (default 1)\n"
     "      --patients N         of the phantom: N in DIR/train and 2N/3 in DIR/eval (default 150)\n"
     "  -h, --help\n"
@@ -278,7 +278,7 @@ static void pack(const Options *o, char **arguments, int n) {
     job.tasks = (prep.index.n_files + BATCH_FILES - 1) / BATCH_FILES;
     pool_run(&pool, (int64_t)job.tasks, &(PoolCalls){&job, scan_work, scan_take, pack_died, pack_tick});
     pool_close(&pool, &decoding[0], &working[0], &peak[0]);
-    index_sort(&prep.index);
+    index_sort(&prep.index, o->keep);
     Output *output = job.output = output_open(&prep);
     if (output->complete) {
         fprintf(stderr, "%s is complete: these inputs and options made it; nothing to do\n", o->out);
@@ -297,12 +297,9 @@ static void pack(const Options *o, char **arguments, int n) {
     pool_close(&pool, &decoding[1], &working[1], &peak[1]);
     double ending = seconds_now();
     Totals t = output_close(output);
-    unsigned long long rejected = 0, failed = 0, slices = t.slices[0] + t.slices[1] + t.slices[2], other = 0;
+    unsigned long long rejected = 0, slices = t.slices[0] + t.slices[1] + t.slices[2], other = 0;
     int shards = 0, unused = o->labels ? labels_unused(&prep.labels) : 0, first = 1;
-    for (int i = 1; i < REASON_COUNT; i++) {
-        rejected += t.reasons[i];
-        if (i != REASON_UNKNOWN && i <= REASON_MEMORY) failed += t.reasons[i];
-    }
+    for (int i = 1; i < REASON_COUNT; i++) rejected += t.reasons[i];
     for (uint64_t i = 0; i < prep.index.n_files; i++) other += index_file(&prep.index, i)->kind == KIND_OTHER;
     for (int i = 0; i < part_count(o); i++) shards += output->parts[i].shards;
     if (unused)
@@ -326,8 +323,8 @@ static void pack(const Options *o, char **arguments, int n) {
     if (slices == 0)
         fail(STATUS_DATA, "no usable volume in %s%s; the lines above say why", n ? arguments[0] : o->list, n > 1 ? " ..." : "");
     if (output->named_bad) fail(STATUS_DATA, "a file named on the command line was left out, as said above");
-    if (100.0 * failed > o->most_failed * (t.taken + failed))
-        fail(STATUS_DATA, "%llu of %llu series could not be read, more than --max-failed %g %%", failed, t.taken + failed, o->most_failed);
+    if (100.0 * t.bad_files > o->most_failed * t.files)
+        fail(STATUS_DATA, "%llu of %llu files could not be read, more than --max-failed %g %%", t.bad_files, t.files, o->most_failed);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- shards
@@ -343,7 +340,8 @@ static Index gather_shards(char **arguments, int n) {
         x.n_records++;
     }
     if (x.n_records == 0) fail(STATUS_DATA, "%s holds no *.shard", arguments[0]);
-    index_sort(&x);
+    static const uint8_t nothing[REASON_COUNT];
+    index_sort(&x, nothing);
     return x;
 }
 

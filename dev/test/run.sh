@@ -47,6 +47,7 @@ suite 'shards: format, sampler, prefetch' build/test_data
 suite 'gradients by finite differences, invariances' ./test_curia
 [ $have_shared ] && suite 'golden files' golden ./test_curia
 suite 'evaluate: probes, metrics, command line' build/test_evaluate ./evaluate
+suite 'prep on DICOM files made for it' build/test_dicom ./prep/prep
 suite 'command lines, checkpoints, bad input' dev/test/test_cli.sh "$shared"
 [ $have_shared ] && suite 'prep on real and broken scans' dev/test/test_prep.sh "$shared"
 [ $have_shared ] && suite 'prep on damaged scans' build/fuzz_prep ./prep/prep "$shared/data" 20
@@ -62,6 +63,7 @@ if make --no-print-directory -s BUILD=$asan PREFIX=$asan/ CFLAGS='-O1 -g' SANITI
     suite 'sanitizers: invariances' $asan/test_curia --quick
     [ $have_shared ] && suite 'sanitizers: golden files' golden $asan/test_curia
     suite 'sanitizers: evaluate' $asan/test_evaluate $asan/evaluate
+    suite 'sanitizers: prep on DICOM files made for it' $asan/test_dicom $asan/prep/prep
     BIN=$asan suite 'sanitizers: command lines' dev/test/test_cli.sh "$shared" --quick
     [ $have_shared ] && PREP=$asan/prep/prep suite 'sanitizers: prep' dev/test/test_prep.sh "$shared"
     [ $have_shared ] && suite 'sanitizers: prep on damaged scans' build/fuzz_prep $asan/prep/prep "$shared/data" 40
