@@ -21,12 +21,12 @@ from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Ex
                          JPEGLSLossless, RLELossless, generate_uid)
 
 config.settings.reading_validation_mode = config.settings.writing_validation_mode = config.IGNORE
-IDENTITY = dict(PatientName="Quxworthy^Zebulon", PatientID="HOSP-7712345", PatientBirthDate="19470823", OtherPatientIDs="OLDID-998877",
-                PatientAddress="17 Zanzibar Lane", PatientComments="Wears a pacemaker", AccessionNumber="ACCN-5566778", StudyID="STUDY-4711",
+IDENTITY = dict(PatientName="FamilyOfPatient^GivenOfPatient", PatientID="HOSP-7712345", PatientBirthDate="19470823", OtherPatientIDs="OLDID-998877",
+                PatientAddress="AddressOfPatient", PatientComments="Wears a pacemaker", AccessionNumber="ACCN-5566778", StudyID="STUDY-4711",
                 StudyDate="20190317", SeriesDate="20190318", AcquisitionDate="20190319", ContentDate="20190321", StudyTime="131517.250000",
-                StudyDescription="Followup of Quxworthy", SeriesDescription="Zebulon special series", ProtocolName="Protocol of Drs Umlaut",
-                InstitutionName="Saint Xylophone Hospital", InstitutionAddress="99 Marimba Street", StationName="STATIONX42",
-                ReferringPhysicianName="Umlaut^Ottoline", OperatorsName="Kazoo^Philippa", DeviceSerialNumber="SERIAL-303030")
+                StudyDescription="Followup of FamilyOfPatient", SeriesDescription="GivenOfPatient special series", ProtocolName="Protocol of Drs FamilyOfReferrer",
+                InstitutionName="InstitutionOfScan", InstitutionAddress="AddressOfInstitution", StationName="STATIONX42",
+                ReferringPhysicianName="FamilyOfReferrer^GivenOfReferrer", OperatorsName="FamilyOfOperator^GivenOfOperator", DeviceSerialNumber="SERIAL-303030")
 CT_CLASS, MR_CLASS = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
 AXIAL, CORONAL, SAGITTAL = (1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1)
 
@@ -287,7 +287,7 @@ def rejected(tree):
         open(path, "wb").write(data[:-1000])
     tree.expect("reject_truncated", reason="damaged")
     tree.expect("take_one_truncated", values[[0, 1, 2, 4, 5, 6, 7]], note="a file cut short costs its slice, not the series")
-    for name, data in (("reject_not_dicom/notes.dcm", b"The report of Zebulon Quxworthy is attached.\n" * 40), ("reject_not_dicom/empty.dcm", b""),
+    for name, data in (("reject_not_dicom/notes.dcm", b"The report of GivenOfPatient FamilyOfPatient is attached.\n" * 40), ("reject_not_dicom/empty.dcm", b""),
                        ("reject_not_dicom/magic_only.dcm", bytes(128) + b"DICM" + bytes(range(256)) * 4), ("reject_not_dicom/short.dcm", bytes(128) + b"DIC")):
         os.makedirs(os.path.join(tree.out, "reject_not_dicom"), exist_ok=True)
         open(os.path.join(tree.out, name), "wb").write(data)

@@ -208,8 +208,10 @@ static void slice_text(const Stack *s, int k, char *text, size_t size) {
     place(s, 0, 0, k, p);
     snprintf(text, size,
              IMAGE_TYPE "ORIGINAL\\PRIMARY\\AXIAL;" SOP_CLASS "%s;00080018UI=" UID "4.%d.%g.%d;" MODALITY "%s;"
-             "00080020DA=20190317;00080080LO=Saint Xylophone;00080090PN=Umlaut^Ottoline;0008103ELO=Zebulon special;"
-             "00100010PN=Quxworthy^Zebulon;00100020LO=HOSP-771234%d;00100030DA=19470823;00180050DS=5;0020000DUI=" UID "2.%d;"
+             "00080020DA=20190317;00080080LO=InstitutionOfScan;00080090PN=FamilyOfReferrer^GivenOfReferrer;"
+             "0008103ELO=GivenOfPatient special;"
+             "00100010PN=FamilyOfPatient^GivenOfPatient;00100020LO=HOSP-771234%d;00100030DA=19470823;00180050DS=5;"
+             "0020000DUI=" UID "2.%d;"
              "0020000EUI=" UID "3.%d;00200012IS=1;00200013IS=%d;00200032DS=%.9g\\%.9g\\%.9g;"
              "00200037DS=%.9g\\%.9g\\%.9g\\%.9g\\%.9g\\%.9g;00280002US=1;00280004CS=MONOCHROME%d;00280010US=%d;00280011US=%d;"
              "00280030DS=%g\\%g;00280100US=%d;00280101US=%d;00280102US=%d;00280103US=%d;00281052DS=%.6g;00281053DS=%.6g;%s",
@@ -232,7 +234,7 @@ static void write_file(const Stack *s, int part, const char *text, const Bytes *
     put_set(&set, text, text + strlen(text));
     if (pixels) put_head(&set, 0x7fe00010, "OW", (uint32_t)pixels->n), put(&set, pixels->at, pixels->n);
     put(&b, set.at, set.n);
-    snprintf(path, sizeof path, "%s/Zebulon/%d", folder, part);
+    snprintf(path, sizeof path, "%s/GivenOfPatient/%d", folder, part);
     file_make_dirs(path);
     files++;
     snprintf(path + strlen(path), 64, "/%08x%s", files * 2654435761u, files % 3 ? "" : ".dcm");
@@ -243,7 +245,7 @@ static void write_file(const Stack *s, int part, const char *text, const Bytes *
     free(set.at);
 }
 
-static void fresh_input(void) { file_remove_tree(in_folder("Zebulon")); }
+static void fresh_input(void) { file_remove_tree(in_folder("GivenOfPatient")); }
 
 static void write_stack(const Stack *s) {
     char text[4096];
@@ -266,7 +268,8 @@ static void write_stacks(const Stack *s, int n) {
 
 // No byte of any file in the output may say who the patient is.
 static void check_private(const char *name, const char *out) {
-    static const char *const words[] = {"Quxworthy", "Zebulon", "HOSP-77", "19470823", "20190317", "Xylophone", "Umlaut", UID};
+    static const char *const words[] = {"FamilyOfPatient", "GivenOfPatient", "HOSP-77", "19470823", "20190317", "InstitutionOfScan",
+                                        "FamilyOfReferrer", UID};
     char path[PATH_SIZE], found[128] = "";
     DIR *dir = opendir(out);
     for (struct dirent *e; dir && (e = readdir(dir));) {
@@ -295,7 +298,7 @@ static void run(const char *name, const char *flags) {
     file_remove_tree(path_join(out, folder, "out"));
     snprintf(words, sizeof words, "%s", flags);
     for (char *at = words; (at = strtok(at, " ")); at = NULL) argv[n++] = at;
-    argv[n] = path_join(input, folder, "Zebulon");
+    argv[n] = path_join(input, folder, "GivenOfPatient");
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
@@ -518,7 +521,7 @@ static void test_grouping(void) {
     expect("4-D, the middle", "--4d mid", s + 1, 1, "", 0);
     check_cell("4-D, the middle", "notes", "4-D: volume 2 of 3");
     const double g = s[0].gap, without_fifth[6] = {g, g, g, g, 2 * g, g};
-    Stack rest = s[0];                          // a slice that is cut short is missed in its own volume, not made up from the next
+    Stack rest = s[0];                          // a slice cut short is missed in its own volume, not made up from the next
     s[0].cut = 1 << 5, rest.n = 7, rest.gaps = without_fifth;
     write_stacks(s, 3);
     expect("4-D, a slice of the first cut short", "", &rest, 1, "damaged", 1);
