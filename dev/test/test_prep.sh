@@ -273,13 +273,14 @@ dev/test/kill_prep.sh "$prep" "$data" 1 "$work" >"$work/out" 2>&1 && good || bad
 [ -z "$(comm -12 <("$prep" --info "$work/whole/train" | grep -v '#' | cut -f2 | sort -u) <("$prep" --info "$work/whole/val" | grep -v '#' | cut -f2 | sort -u) | grep -v patient)" ] && good || bad 'a patient is in both parts'
 
 # --- shares of many nodes, merged, are the whole
+taken() { cut -f5,20,24 "$1/report.tsv" | grep taken | sort; }
 slices() { "$prep" --info "$1" | grep -v -e '#' -e '^volume' | sort; }
 for share in 0 1 2; do "$prep" -o "$work/share$share" --shard-of $share/3 --shard-size 8 "$data/mr_seq" "$data/dicom" "$data/orient" 2>/dev/null; done
 "$prep" -o "$work/shares" --shard-size 8 "$data/mr_seq" "$data/dicom" "$data/orient" 2>/dev/null
+[ "$(taken "$work/share1" | wc -l)" -gt 0 ] && [ "$(taken "$work/share1" | wc -l)" -lt "$(taken "$work/shares" | wc -l)" ] && good || bad 'a share is none or all'
 expect 0 'shards of 3 sets' '--merge' "$prep" --merge -o "$work/merged" "$work/share0" "$work/share1" "$work/share2"
 grep -q "\"slices\": $(slices "$work/merged" | awk '{ n += $5 } END { print n }')," "$work/merged/summary.json" && good || bad 'summary.json of the merged'
 expect 0 '' 'verify of the merged' "$prep" --verify "$work/merged"
-taken() { cut -f5,20,24 "$1/report.tsv" | grep taken | sort; }
 cmp -s <(taken "$work/merged") <(taken "$work/shares") && good || bad 'the merged shares are not the whole'
 expect 0 'copies of volumes left out' '--merge of a set with itself' "$prep" --merge -o "$work/merged2" "$work/share0" "$work/share0"
 cmp -s <(slices "$work/merged2") <(slices "$work/share0") && good || bad 'a set merged with itself is not the set'
@@ -333,6 +334,25 @@ expect 0 'taken .*case_0000' 'an nnU-Net layout' "$prep" -o "$work/k1" "$work/ta
 printf 'file,mask\ndicom,%s\n' "$(realpath "$data/ct_seg/ts_dicom/example_seg_dicom.nii.gz")" >"$work/labels.csv"
 expect 0 'taken' 'a NIfTI mask of a DICOM series' "$prep" -o "$work/k2" --labels "$work/labels.csv" "$data/ct_seg/ts_dicom"
 [ "$(cut -f5,23 "$work/k2/report.tsv" | grep taken | cut -f2)" = 20 ] && good || bad "slices with a mask: $(cut -f5,23 "$work/k2/report.tsv" | grep taken)"
+cat >"$work/dump.c" <<'END'
+#include "dataloader.h"
+int main(int argc, char **argv) { // the mask (argv[2]) or the pixels of every slice, one number a line
+    Shard shard = {.path = argv[1]};
+    char reason[256];
+    if (shard_map(&shard, reason, sizeof reason)) return 1;
+    const ShardSlice *s = shard_index(&shard);
+    for (uint64_t i = 0; i < shard.slices; i++, s++)
+        for (int j = 0; j < s->rows * s->cols; j++)
+            printf("%d\n", argc > 2 ? shard.mapping[s->mask_offset + j] : ((const int16_t *)(shard.mapping + s->pixel_offset))[j]);
+}
+END
+${CC:-gcc} -std=gnu11 -O1 -I. "$work/dump.c" -o "$work/dump" -lpthread -lm && good || bad 'the program that shows masks is not built'
+for pair in k1:ts_example/example_seg k2:ts_dicom/example_seg_dicom; do
+    "$prep" -o "$work/${pair%%:*}_label" --keep label --track 3d "$data/ct_seg/${pair#*:}.nii.gz" 2>/dev/null
+    "$work/dump" "$work/${pair%%:*}/shard-000000.shard" mask >"$work/masks"
+    "$work/dump" "$work/${pair%%:*}_label/shard-000000.shard" >"$work/labels"
+    [ -s "$work/masks" ] && cmp -s "$work/masks" "$work/labels" && good || bad "the masks of ${pair%%:*} are not the label image"
+done
 cp "$data/ct_seg/ts_example/example_seg_fast_force_split.nii.gz" "$work/task/labelsTr/case.nii.gz"
 expect 0 'its mask is not used: its grid is another one' 'a mask of another grid' "$prep" -o "$work/k3" "$work/task"
 expect 0 'axial: 182 slices, dropped 0' '--track 3d' "$prep" -o "$work/k4" --track 3d "$data"/mr_lesion/open_ms_mni/patient07/FLAIR*.nii.gz
