@@ -2,7 +2,7 @@
 Shards and what reads them: the file format, its writer and checker, the dataset, the sampler and the prefetch thread.
 Shared by train_curia, evaluate, prep and the tests.
 
-  ShardSlice, ShardHeader     the records of a shard file, version 1
+  ShardSlice, ShardHeader     the records of a shard file, version 2
   MODALITY_*, PLANE_*         their small numbers
   ShardWriter, shard_writer_* streaming writer: the file appears under its name whole, or not at all
   shard_check                 verifies every byte of one shard
@@ -43,7 +43,7 @@ index's (with the names), and each slice's. No name, UID, date or path is in a s
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "shards are read in place and are little endian");
 
 #define SHARD_MAGIC "CURIASHD"
-enum { SHARD_VERSION = 1, SHARD_ALIGN = 64, SHARD_MAX_SIDE = 32768 };
+enum { SHARD_VERSION = 2, SHARD_ALIGN = 64, SHARD_MAX_SIDE = 32768 };
 enum { MODALITY_UNKNOWN, MODALITY_CT, MODALITY_MR, MODALITY_COUNT };
 enum { PLANE_AXIAL, PLANE_CORONAL, PLANE_SAGITTAL, PLANE_COUNT };
 
@@ -200,7 +200,7 @@ static inline void shard_writer_add(ShardWriter *w, const ShardSlice *slice, con
     memcpy(w->buffer, pixels, 2 * count);
     if (mask) memcpy(w->buffer + 2 * count, mask, count);
     memset(w->buffer + used, 0, bytes - used);
-    s.checksum = checksum(w->buffer, bytes);
+    s.checksum = checksum_wide(w->buffer, bytes);
     shard_writer_add_block(w, &s, w->buffer);
 }
 
@@ -339,7 +339,7 @@ static inline int shard_map(Shard *shard, char *reason, size_t n) {
 // Verifies the checksum of slice i of a mapped shard, which also brings its pages in. 0 good, else -1 and *reason.
 static inline int shard_verify(const Shard *shard, uint64_t i, char *reason, size_t n) {
     const ShardSlice *s = &shard_index(shard)[i];
-    if (checksum(shard->mapping + s->pixel_offset, shard_slice_bytes(s)) == s->checksum) return 0;
+    if (checksum_wide(shard->mapping + s->pixel_offset, shard_slice_bytes(s)) == s->checksum) return 0;
     snprintf(reason, n, "is damaged: the checksum of slice %llu differs", (unsigned long long)i);
     return -1;
 }

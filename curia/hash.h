@@ -2,7 +2,8 @@
 One hash for everything: SipHash-2-4 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012), 64 bits.
 
   siphash         keyed hash of bytes
-  checksum        siphash with a fixed key: checksums of slices, indexes and checkpoints
+  checksum        siphash with a fixed key: checksums of headers, indexes and checkpoints
+  checksum_wide   the same for slices: eight SipHashes side by side, as fast as memory on a processor with wide vectors
 
 With a secret key it turns patient and volume names into ids that cannot be turned back; with a fixed key it is the
 checksum of every slice. No hashing library is used so that the programs build with a C compiler alone.
@@ -48,6 +49,34 @@ static inline uint64_t siphash(SipKey key, const void *data, size_t bytes) {
 
 static inline uint64_t checksum(const void *data, size_t bytes) {
     return siphash((SipKey){0x6375726961, 0x632e73686172647}, data, bytes);
+}
+
+typedef uint64_t SipLanes __attribute__((vector_size(64)));
+
+// Of every eighth word, a SipHash-2-4 each, keyed by its place; then the SipHash of those eight, the bytes after the last 64,
+// and the length. One SipHash alone waits for itself: 3.7 GB/s.
+static inline uint64_t checksum_wide(const void *data, size_t bytes) {
+    const uint8_t *p = (const uint8_t *)data;
+    const SipLanes place = {0, 1, 2, 3, 4, 5, 6, 7};
+    SipLanes v0 = place ^ 0x6375726961 ^ 0x736f6d6570736575u, v1 = place ^ 0x632e73686172647 ^ 0x646f72616e646f6du;
+    SipLanes v2 = place ^ 0x6375726961 ^ 0x6c7967656e657261u, v3 = place ^ 0x632e73686172647 ^ 0x7465646279746573u, word;
+    size_t whole = bytes / 64, rest = bytes % 64;
+    for (size_t i = 0; i < whole; i++) {
+        memcpy(&word, p + 64 * i, 64);
+        v3 ^= word;
+        SIP_ROUND;
+        SIP_ROUND;
+        v0 ^= word;
+    }
+    v2 ^= 0xff;
+    for (int i = 0; i < 4; i++) SIP_ROUND;
+    uint8_t last[64 + 64 + 8] = {0};
+    uint64_t length = bytes;
+    v0 ^= v1 ^ v2 ^ v3;
+    memcpy(last, &v0, 64);
+    memcpy(last + 64, p + 64 * whole, rest);
+    memcpy(last + 64 + rest, &length, 8);
+    return checksum(last, 64 + rest + 8);
 }
 
 #endif

@@ -158,7 +158,7 @@ static inline void pack_plane(Packing *p, VolumeResult *result, const Volume *v,
         s.mask_offset = mask ? 1 : 0;           // the parent makes offsets of it
         size_t bytes = shard_slice_bytes(&s), used = n * (mask ? 3 : 2);
         memset(block + used, 0, bytes - used);
-        s.checksum = checksum(block, bytes);
+        s.checksum = checksum_wide(block, bytes);
         p->out->at += (off_t)bytes;
         (*records)[result->slices++] = s;
         result->masks += marked;

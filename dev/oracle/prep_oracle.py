@@ -45,7 +45,7 @@ def read_shards(folder):
     for path in sorted(glob.glob(folder + "/*.shard")):
         data = open(path, "rb").read()
         magic, version, record, count, index = struct.unpack("<8sIIQQ", data[:32])
-        assert magic == b"CURIASHD" and version == 1 and record == RECORD.itemsize == 136
+        assert magic == b"CURIASHD" and version == 2 and record == RECORD.itemsize == 136
         for r in np.frombuffer(data, RECORD, count, index):
             pixels = np.frombuffer(data, "<i2", int(r["rows"]) * int(r["cols"]), int(r["pixel_offset"])).reshape(r["rows"], r["cols"])
             slices.append((r, pixels))

@@ -262,7 +262,7 @@ static void test_shards(void) {
         free(copy);
     }
     struct { size_t at; uint64_t value; const char *what, *says;
-    } headers[] = {{offsetof(ShardHeader, version), 2 | (uint64_t)sizeof(ShardSlice) << 32, "version 2", "version 2"},
+    } headers[] = {{offsetof(ShardHeader, version), 1 | (uint64_t)sizeof(ShardSlice) << 32, "version 1", "version 1"},
                    {offsetof(ShardHeader, slices), UINT64_MAX / 100, "too many slices", "outside"},
                    {offsetof(ShardHeader, index_offset), 0, "an index at 0", "outside"},
                    {offsetof(ShardHeader, index_offset), (uint64_t)1 << 62, "an index far away", "outside"},
