@@ -34,7 +34,7 @@ endif
 
 PROGRAMS := train_curia evaluate test_curia prep/prep
 TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate $(BUILD)/test_dicom $(BUILD)/fuzz_prep
-HEADERS := $(wildcard *.h curia/*.h prep/*.h)
+HEADERS := $(wildcard *.h curia/*.h prep/*.h dev/test/*.h)
 PACKAGES := g++ libgdcm-dev libnifti2-dev libisal-dev zlib1g-dev libpng-dev
 
 .PHONY: all found deps run test tests fuzz kill-prep clean

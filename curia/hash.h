@@ -24,6 +24,9 @@ typedef struct { uint64_t k0, k1; } SipKey;
     v0 += v3; v3 = SIP_ROTATE(v3, 21) ^ v0; \
     v2 += v1; v1 = SIP_ROTATE(v1, 17) ^ v2; v2 = SIP_ROTATE(v2, 32); } while (0)
 
+#define SIP_WORD(word) do { v3 ^= (word); SIP_ROUND; SIP_ROUND; v0 ^= (word); } while (0)
+#define SIP_END do { v2 ^= 0xff; for (int end = 0; end < 4; end++) SIP_ROUND; v0 ^= v1 ^ v2 ^ v3; } while (0) // to v0
+
 static inline uint64_t siphash(SipKey key, const void *data, size_t bytes) {
     const uint8_t *p = (const uint8_t *)data;
     uint64_t v0 = key.k0 ^ 0x736f6d6570736575u, v1 = key.k1 ^ 0x646f72616e646f6du;
@@ -37,14 +40,10 @@ static inline uint64_t siphash(SipKey key, const void *data, size_t bytes) {
             for (size_t j = 0; j < bytes % 8; j++) word |= (uint64_t)p[8 * i + j] << 8 * j;
             word |= (uint64_t)bytes << 56;
         }
-        v3 ^= word;
-        SIP_ROUND;
-        SIP_ROUND;
-        v0 ^= word;
+        SIP_WORD(word);
     }
-    v2 ^= 0xff;
-    for (int i = 0; i < 4; i++) SIP_ROUND;
-    return v0 ^ v1 ^ v2 ^ v3;
+    SIP_END;
+    return v0;
 }
 
 static inline uint64_t checksum(const void *data, size_t bytes) {
@@ -63,16 +62,11 @@ static inline uint64_t checksum_wide(const void *data, size_t bytes) {
     size_t whole = bytes / 64, rest = bytes % 64;
     for (size_t i = 0; i < whole; i++) {
         memcpy(&word, p + 64 * i, 64);
-        v3 ^= word;
-        SIP_ROUND;
-        SIP_ROUND;
-        v0 ^= word;
+        SIP_WORD(word);
     }
-    v2 ^= 0xff;
-    for (int i = 0; i < 4; i++) SIP_ROUND;
+    SIP_END;
     uint8_t last[64 + 64 + 8] = {0};
     uint64_t length = bytes;
-    v0 ^= v1 ^ v2 ^ v3;
     memcpy(last, &v0, 64);
     memcpy(last + 64, p + 64 * whole, rest);
     memcpy(last + 64 + rest, &length, 8);

@@ -142,7 +142,7 @@ static inline Labels labels_read(const char *path) {
 
 // The row for slice `slice` of a file called `name` below INPUT, of the DICOM series `series` ("" if none): by the file's
 // name, its base name, the series' UID, then the folder; of each the slice's own row before the one for all slices. Or NULL.
-static inline LabelRow *labels_find(Labels *l, const char *name, const char *series, int slice) {
+static inline LabelRow *labels_find(const Labels *l, const char *name, const char *series, int slice) {
     char folder[PATH_SIZE];
     const char *base = strrchr(name, '/') ? strrchr(name, '/') + 1 : name;
     snprintf(folder, sizeof folder, "%.*s", base > name ? (int)(base - name - 1) : 0, name);

@@ -19,32 +19,38 @@ typedef struct {
     int n_shards;
     MergeCopy *copies;
     int n_copies;
-    Output seen, patients;             // the contents and the patients so far
+    Seen contents, patients;           // so far
 } Merge;
 
+// folder[PATH_SIZE]: a part of --split in a set, or the set itself; returns folder.
+static inline char *part_folder(char *folder, const char *set, const char *part) {
+    if (*part) return path_join(folder, set, part);
+    snprintf(folder, PATH_SIZE, "%s", set);
+    return folder;
+}
+
 static inline void merge_list(Merge *m, const char *part) {
-    char folder[PATH_SIZE], reason[256];
+    char folder[PATH_SIZE], path[PATH_SIZE], reason[256];
+    uint64_t names_checksum = 0;       // of the first shard
     m->n_shards = m->n_copies = 0;
-    for (int i = 0; i < m->n_sets; i++)
-        for (int k = 0;; k++) {
-            snprintf(folder, sizeof folder, "%.4000s%s%s/shard-%06d.shard", m->sets[i], *part ? "/" : "", part, k);
-            if (!file_exists(folder)) break;
+    for (int i = 0; i < m->n_sets; i++) {
+        part_folder(folder, m->sets[i], part);
+        for (int k = 0; file_exists(shard_path(path, folder, k)); k++) {
             m->shards = (MergeShard *)realloc(m->shards, (m->n_shards + 1) * sizeof *m->shards);
             if (!m->shards) fail(STATUS_FAILED, "out of memory: %d shards", m->n_shards);
             MergeShard *s = &m->shards[m->n_shards++];
             s->set = i;
-            strcpy(s->path, folder);
-            Shard shard = {.path = s->path}, first = {.path = m->shards[0].path};
+            Shard shard = {.path = strcpy(s->path, path)};
             ShardHeader h;
-            for (int both = 0; both < 2; both++) {
-                int file, bad = shard_read_header(both ? &first : &shard, &h, &file, reason, sizeof reason);
-                if (file >= 0) close(file);
-                if (bad) fail(STATUS_DATA, "%s %s; make it again", both ? first.path : s->path, reason);
-            }
+            int file, bad = shard_read_header(&shard, &h, &file, reason, sizeof reason);
+            if (file >= 0) close(file);
+            if (bad) fail(STATUS_DATA, "%s %s; make it again", path, reason);
             s->header_checksum = shard.header_checksum;
-            if (shard.names_checksum != first.names_checksum)
-                fail(STATUS_DATA, "%s and %s have different class names; make them with one table of --labels", first.path, s->path);
+            if (m->n_shards == 1) names_checksum = shard.names_checksum;
+            if (shard.names_checksum != names_checksum)
+                fail(STATUS_DATA, "%s and %s have different class names; make them with one table of --labels", m->shards[0].path, path);
         }
+    }
 }
 
 // Finds the volumes that an earlier set holds too: equal in every slice's checksum and plane.
@@ -58,7 +64,7 @@ static inline void merge_find_copies(Merge *m) {
         const ShardSlice *s = shard.path ? shard_index(&shard) : NULL;
         for (uint64_t k = 0; k < (s ? shard.slices : 1); k++) {
             if (!s || s[k].volume_id != volume || m->shards[i].set != set) {
-                if (set >= 0 && !output_seen(&m->seen, content)) m->n_copies = from;  // new: its ranges are no copies
+                if (set >= 0 && !seen_add(&m->contents, content)) m->n_copies = from;  // new: its ranges are no copies
                 if (!s) break;
                 volume = s[k].volume_id, set = m->shards[i].set, content = 0, from = m->n_copies;
             }
@@ -96,19 +102,17 @@ static inline void merge_copy_file(const char *from, const char *to) {
     file_rename(partial, to);
 }
 
-// Writes shard i without the copies in it. Returns whether any slice was left.
-static inline int merge_rewrite(const Merge *m, int i, const char *to) {
+// Writes shard i without the copies in it, which are n, in the order of its slices. Returns whether any slice was left.
+static inline int merge_rewrite(const Merge *m, int i, const MergeCopy *copies, int n, const char *to) {
     char reason[256];
     Shard shard = {.path = (char *)m->shards[i].path};
     ShardWriter writer = {0};
     if (shard_map(&shard, reason, sizeof reason)) fail(STATUS_DATA, "%s %s; make it again", shard.path, reason);
     const ShardSlice *s = shard_index(&shard);
     const ShardHeader *h = (const ShardHeader *)shard.mapping;
-    for (uint64_t k = 0; k < shard.slices; k++) {
-        int copy = 0;
-        for (int c = 0; c < m->n_copies; c++)
-            copy |= m->copies[c].shard == i && k >= m->copies[c].first && k < m->copies[c].first + m->copies[c].count;
-        if (copy) continue;
+    for (uint64_t k = 0, c = 0; k < shard.slices; k++) {
+        while (c < (uint64_t)n && k >= copies[c].first + copies[c].count) c++;
+        if (c < (uint64_t)n && k >= copies[c].first) continue;
         if (!writer.file) shard_writer_open(&writer, to);
         shard_writer_add_block(&writer, &s[k], shard.mapping + s[k].pixel_offset);
     }
@@ -127,12 +131,10 @@ static inline int merge_part(Merge *m, const char *part) {
     merge_list(m, part);
     if (m->n_shards == 0) return 0;
     merge_find_copies(m);
-    snprintf(folder, sizeof folder, "%.4000s%s%s", m->out, *part ? "/" : "", part);
-    file_make_dirs(folder);
-    for (int i = 0; i < m->n_shards; i++) {
-        snprintf(to, sizeof to, "%.4000s/shard-%06d.shard", folder, made);
-        int copies = 0;
-        for (int c = 0; c < m->n_copies; c++) copies |= m->copies[c].shard == i;
+    file_make_dirs(part_folder(folder, m->out, part));
+    for (int i = 0, c = 0, copies; i < m->n_shards; i++, c += copies) {
+        shard_path(to, folder, made);
+        for (copies = 0; c + copies < m->n_copies && m->copies[c + copies].shard == i;) copies++;
         Shard there = {.path = to};
         ShardHeader h;
         int file = -1, same = 0;
@@ -141,14 +143,14 @@ static inline int merge_part(Merge *m, const char *part) {
             if (file >= 0) close(file);
             if (!same && !copies) fail(STATUS_USAGE, "%s holds other shards already; give another folder, or remove them", folder);
         }
-        if (copies) made += merge_rewrite(m, i, to);
+        if (copies) made += merge_rewrite(m, i, m->copies + c, copies, to);
         else {
             if (!same) merge_copy_file(m->shards[i].path, to);
             made++;
         }
     }
-    snprintf(to, sizeof to, "%.4000s/shard-%06d.shard", folder, made);
-    if (file_exists(to)) fail(STATUS_USAGE, "%s holds other shards already; give another folder, or remove them", folder);
+    if (file_exists(shard_path(to, folder, made)))
+        fail(STATUS_USAGE, "%s holds other shards already; give another folder, or remove them", folder);
     file_sync_dir(folder);
     return made;
 }
@@ -180,7 +182,7 @@ static inline Totals merge_report(Merge *m, FILE *report) {
                     field[ROW_SLICES] = field[ROW_MASKS] = "0";
                 }
             totals_add(&t, field);
-            if (!*field[ROW_REASON]) t.patients += !output_seen(&m->patients, strtoull(field[ROW_PATIENT], NULL, 16));
+            if (!*field[ROW_REASON]) t.patients += !seen_add(&m->patients, strtoull(field[ROW_PATIENT], NULL, 16));
             fprintf(report, "%llu", (unsigned long long)++number);
             for (int k = 0; k < ROW_COUNT; k++) fprintf(report, "\t%s", field[k]);
             fputc('\n', report);
@@ -196,14 +198,14 @@ static inline void merge_sets(const char *out, const char *const *sets, int n) {
     Merge m = {.out = out, .sets = sets, .n_sets = n};
     Options o = {.out = out};
     Prep prep = {.options = &o};
+    Output output = {.prep = &prep};
     int shards = 0, copies = 0;
-    m.seen.prep = &prep;
     MergeCopy *all = NULL;
     file_make_dirs(out);
     for (int i = -1; i < MOST_PARTS; i++) {
         int made = merge_part(&m, i < 0 ? "" : part_names[i]);
         shards += made;
-        m.seen.parts[i < 0 ? 0 : i].shards += made;
+        output.parts[i < 0 ? 0 : i].shards += made;
         if (made && i >= 0) o.parts = i + 1;
         all = (MergeCopy *)realloc(all, (copies + m.n_copies + 1) * sizeof *all);
         if (m.n_copies) memcpy(all + copies, m.copies, m.n_copies * sizeof *all);
@@ -213,18 +215,18 @@ static inline void merge_sets(const char *out, const char *const *sets, int n) {
     free(m.copies);
     m.copies = all, m.n_copies = copies;
     char path[PATH_SIZE];
-    FILE *report = aside_open(&m.seen, "report.tsv", 0666, path);
+    FILE *report = aside_open(&output, "report.tsv", 0666, path);
     Totals t = merge_report(&m, report);
     aside_close(report, path);
-    FILE *summary = aside_open(&m.seen, "summary.json", 0666, path);
-    summary_write(summary, &m.seen, &t);
+    FILE *summary = aside_open(&output, "summary.json", 0666, path);
+    summary_write(summary, &output, &t);
     aside_close(summary, path);
     fprintf(stderr, "%d shards of %d sets in %s: %llu volumes taken; %d copies of volumes left out\n", shards, n, out,
             t.taken, copies);
     free(m.shards);
     free(m.copies);
-    free(m.seen.seen);
-    free(m.patients.seen);
+    free(m.contents.at);
+    free(m.patients.at);
 }
 
 #endif

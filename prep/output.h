@@ -8,6 +8,8 @@ What the parent writes: shards in the order of the series, the report, the summa
   output_take          a worker's result: lines, rows and slices
   output_close         the last shards, report.tsv, private_map.tsv, preview.png, summary.json
   part_of, part_names  which part of --split a patient is in
+  Seen, seen_add       a set of hashes
+  shard_path           the name of a shard
 
 While it runs the folder also holds resume.tsv: the report's rows so far, each after the number of its series. Rows are on
 the disk before the shards that hold their slices are, so a finished shard is never written again: its last record tells
@@ -38,13 +40,15 @@ typedef struct {
 
 typedef struct { uint64_t at; uint32_t bytes; } Rows;
 
+typedef struct { uint64_t *at, room, n; } Seen; // a set of hashes
+
 typedef struct {
     const Prep *prep;
     Part parts[MOST_PARTS];
     FILE *journal;
     Rows *rows;                         // [series] where its rows are in the journal; bytes 0: not yet
     uint64_t run;                       // hash of inputs and options
-    uint64_t *seen, seen_room, n_seen;  // contents of the volumes taken
+    Seen seen;                          // contents of the volumes taken
     uint64_t taken_slices, named_bad;
     int complete;                       // an earlier run ended: there is nothing to do
 } Output;
@@ -59,23 +63,29 @@ static inline int part_of(const Options *o, uint64_t patient) {
     return part;
 }
 
-// Whether a volume of the same content was taken before; remembers it where not. Open addressing; content 0 is never stored.
-static inline int output_seen(Output *out, uint64_t content) {
-    if (2 * out->n_seen >= out->seen_room) {
-        uint64_t *old = out->seen, n = out->seen_room;
-        out->seen_room = n ? 2 * n : 1024;
-        out->seen = (uint64_t *)xmalloc(out->seen_room * sizeof *out->seen, "the volumes taken");
-        out->n_seen = 0;
-        for (uint64_t i = 0; i < n; i++)
-            if (old[i]) output_seen(out, old[i]);
-        free(old);
+// Whether the set holds the hash already; adds it where not. Open addressing; 0 is never stored.
+static inline int seen_add(Seen *seen, uint64_t hash) {
+    if (2 * seen->n >= seen->room) {
+        Seen old = *seen;
+        *seen = (Seen){.room = old.room ? 2 * old.room : 1024};
+        seen->at = (uint64_t *)xmalloc(seen->room * sizeof *seen->at, "the volumes taken");
+        for (uint64_t i = 0; i < old.room; i++)
+            if (old.at[i]) seen_add(seen, old.at[i]);
+        free(old.at);
     }
-    uint64_t at = content & (out->seen_room - 1);
-    for (; out->seen[at]; at = (at + 1) & (out->seen_room - 1))
-        if (out->seen[at] == content) return 1;
-    out->seen[at] = content;
-    out->n_seen++;
+    uint64_t at = hash & (seen->room - 1);
+    for (; seen->at[at]; at = (at + 1) & (seen->room - 1))
+        if (seen->at[at] == hash) return 1;
+    seen->at[at] = hash;
+    seen->n++;
     return 0;
+}
+
+// path[PATH_SIZE]: shard `number` of a folder; returns path.
+static inline char *shard_path(char *path, const char *folder, int number) {
+    char name[32];
+    snprintf(name, sizeof name, "shard-%06d.shard", number);
+    return path_join(path, folder, name);
 }
 
 // A hash of all that decides the output's bytes.
@@ -118,19 +128,15 @@ static inline char *row_cut(char *line, char *field[ROW_COUNT]) {
 
 // Where the finished shards of a part end. Unfinished files go.
 static inline void part_open(Part *part, int fresh) {
-    char path[PATH_SIZE], reason[256];
+    char path[PATH_SIZE + 16], reason[256];
     file_make_dirs(part->folder);
-    for (;; part->shards++) {
-        snprintf(path, sizeof path, "%.4000s/shard-%06d.shard", part->folder, part->shards);
-        if (!file_exists(path)) break;
-    }
+    while (file_exists(shard_path(path, part->folder, part->shards))) part->shards++;
     if (part->shards && fresh)
         fail(STATUS_USAGE, "%s holds shards already, of other inputs or options; give another folder, or remove them", part->folder);
     strcat(path, ".partial");
     unlink(path);
     for (int i = part->shards - 1; i >= 0; i--) {
-        snprintf(path, sizeof path, "%.4000s/shard-%06d.shard", part->folder, i);
-        Shard shard = {.path = path};
+        Shard shard = {.path = shard_path(path, part->folder, i)};
         if (shard_map(&shard, reason, sizeof reason))
             fail(STATUS_DATA, "%s %s; remove it and the shards after it, and run this again", path, reason);
         const ShardSlice *s = shard_index(&shard);
@@ -189,7 +195,7 @@ static inline int output_done(Output *out, uint64_t series) {
             if (strcmp(field[ROW_STATUS], "taken")) continue;
             const Part *part = &out->parts[part_of(out->prep->options, strtoull(field[ROW_PATIENT], NULL, 16))];
             if (pass == 0) done = part->resumed && series < part->from;
-            else output_seen(out, strtoull(field[ROW_CONTENT], NULL, 16));
+            else seen_add(&out->seen, strtoull(field[ROW_CONTENT], NULL, 16));
         }
     }
     free(text);
@@ -264,8 +270,7 @@ static inline void part_add(Output *out, Part *part, const ShardSlice *slice, co
     if (part->writer.file && part->writer.offset >= out->prep->options->shard_bytes) part_close_shard(out, part);
     if (!part->writer.file) {
         char path[PATH_SIZE];
-        snprintf(path, sizeof path, "%.4000s/shard-%06d.shard", part->folder, part->shards);
-        shard_writer_open(&part->writer, path);
+        shard_writer_open(&part->writer, shard_path(path, part->folder, part->shards));
     }
     shard_writer_add_block(&part->writer, slice, block);
 }
@@ -312,7 +317,7 @@ static inline void output_take(Output *out, uint64_t series, const uint8_t *resu
     out->rows[series].at = (uint64_t)ftello(out->journal);
     for (uint64_t i = 0; i < head->volumes; i++) {
         VolumeResult *v = &volumes[i];
-        if (!v->reason && !o->keep[REASON_DUPLICATE] && output_seen(out, v->content)) pack_reject(v, REASON_DUPLICATE, "%s", "");
+        if (!v->reason && !o->keep[REASON_DUPLICATE] && seen_add(&out->seen, v->content)) pack_reject(v, REASON_DUPLICATE, "%s", "");
         if (v->reason) v->content = 0;
         if (v->reason && index_file(&out->prep->index, v->file)->named) out->named_bad++;
         fprintf(out->journal, "%llu\t", (unsigned long long)series);

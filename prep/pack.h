@@ -68,7 +68,6 @@ typedef struct { const char *series; const Record *const *slices; const Record *
 // The table's row for slice `number` of a plane; file_slice: where it lies in the file, -1 where it cuts across the file's
 // slices and no one file of a series is its own.
 static inline LabelRow *marks_row(Packing *p, const Marks *m, int file_slice, int number) {
-    Labels labels = p->prep->labels;
     char folder[PATH_SIZE];
     const Record *r = m->slices ? m->slices[file_slice < 0 ? 0 : file_slice] : m->all;
     const char *name = index_name(&p->prep->index, r->file), *slash = strrchr(name, '/');
@@ -76,7 +75,7 @@ static inline LabelRow *marks_row(Packing *p, const Marks *m, int file_slice, in
         snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash + 1 - name) : 0, name);
         name = folder;
     }
-    return labels_find(&labels, name, m->series, number);
+    return labels_find(&p->prep->labels, name, m->series, number);
 }
 
 // The plane across the longest voxel side where that is more than twice the shortest; else across an axis of fewer than 16
@@ -90,7 +89,7 @@ static inline int native_plane(const Volume *v) {
     }
     int uneven = v->spacing[longest] > 2 * v->spacing[shortest] && v->n[thinnest] > 1;  // a single slice has no spacing of its own
     int across = uneven ? v->axis[longest] : v->n[thinnest] < 16 ? v->axis[thinnest] : 2;
-    return across == 2 ? PLANE_AXIAL : across == 1 ? PLANE_CORONAL : PLANE_SAGITTAL;
+    return plane_across[across];
 }
 
 static inline float volume_threshold(const Volume *v, int modality) {
@@ -447,20 +446,16 @@ static inline void pack_rank(Packing *p, DicomOpen *d, const int *rank, int want
         volume_note(&v, "slices have their own rescale");
     }
     if (!result->reason) {
-        if (!regular || !same) {
-            int across = v.axis[2];
-            only = across == 2 ? PLANE_AXIAL : across == 1 ? PLANE_CORONAL : PLANE_SAGITTAL;
-        }
+        if (!regular || !same) only = plane_across[v.axis[2]];
         if (ranks > 1) volume_note(&v, "4-D: volume %d of %d", wanted + 1, ranks);
         if (duplicates) volume_note(&v, "%d copies of slices left out", duplicates);
         if (result->bad_files) volume_note(&v, "%d slices left out: %s", result->bad_files, first_bad);
         if (inverted) volume_note(&v, "MONOCHROME1: %d slices inverted", inverted);
         if (slices[0]->lossy) volume_note(&v, "compressed with loss");
-        Labels labels = p->prep->labels;
-        const FileEntry *file = index_file(&p->prep->index, slices[0]->file);
+        const Index *x = &p->prep->index;
         Marks marks = {.series = series, .slices = slices};
-        marks_mask(p, &marks, &v, index_path(&p->prep->index, slices[0]->file),
-                   labels_find(&labels, index_path(&p->prep->index, slices[0]->file) + file->name, series, 0));
+        marks_mask(p, &marks, &v, index_path(x, slices[0]->file),
+                   labels_find(&p->prep->labels, index_name(x, slices[0]->file), series, 0));
         pack_volume(p, result, &v, &marks, modality, only);
         if (marks.has_mask) volume_free(&marks.mask);
     }
@@ -546,8 +541,7 @@ static inline void pack_file(Packing *p, const Record *r, int copy) {
         pack_reject(v, scalar ? REASON_DAMAGED : REASON_NOT_SCALAR, "%s", reason);
         return;
     }
-    Labels labels = p->prep->labels;
-    LabelRow *row = labels_find(&labels, index_name(&p->prep->index, r->file), "", 0);
+    LabelRow *row = labels_find(&p->prep->labels, index_name(&p->prep->index, r->file), "", 0);
     int beside = modality_beside(path);
     int64_t first = o->fourd == FOURD_MID ? f.volumes / 2 : 0, last = o->fourd == FOURD_ALL ? f.volumes - 1 : first;
     for (int64_t i = 0; i <= last && !bad; i++) {
@@ -591,9 +585,9 @@ static inline void pack_series(const Prep *prep, Pool *pool, int64_t task, PoolR
     result_write(out, (uint8_t[SHARD_ALIGN]){0}, SHARD_ALIGN - sizeof head);
     const Record *r = p.records;
     pool_item(pool, r->file);
-    int copies = 0;
-    if (r->reason == 0 && r->kind == KIND_DICOM) pack_dicom(&p);
-    for (uint64_t i = 0; i < s->count && !(r->reason == 0 && r->kind == KIND_DICOM); i++) {
+    int copies = 0, dicom = r->reason == 0 && r->kind == KIND_DICOM;
+    if (dicom) pack_dicom(&p);
+    for (uint64_t i = 0; i < s->count && !dicom; i++) {
         const FileEntry *file = index_file(&prep->index, r[i].file);
         if (r[i].kind == KIND_VOLUME && !r[i].reason && !file->reason) pack_file(&p, &r[i], copies++);
         else if (i == 0 || r[i].kind != KIND_DICOM) {

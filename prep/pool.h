@@ -68,7 +68,8 @@ enum { POOL_CRASHED, POOL_LATE, POOL_MEMORY };
 static inline void *result_room(PoolResult *r, size_t bytes) {
     if (r->at + (off_t)bytes > r->room) {
         r->room = r->at + (off_t)bytes + r->room / 2;
-        if (r->room > MOST_BYTES || ftruncate(r->file, r->room)) fail(STATUS_FAILED, "out of memory: a result of %lld bytes", (long long)r->room);
+        if (r->room > MOST_BYTES || ftruncate(r->file, r->room))
+            fail(STATUS_FAILED, "out of memory: a result of %lld bytes", (long long)r->room);
     }
     return r->base + r->at;
 }

@@ -88,9 +88,8 @@ static inline uint64_t hash_text(const Options *o, const char *text) { return si
 static inline Record scan_named(const Prep *prep, uint64_t file, int kind, int reason) {
     char key[PATH_SIZE];
     const char *name = index_name(&prep->index, file);
-    Labels labels = prep->labels;
     Record r = {.series = hash_text(prep->options, name), .file = (uint32_t)file, .kind = (uint8_t)kind, .reason = (uint8_t)reason};
-    LabelRow *row = labels_find(&labels, name, "", 0);
+    LabelRow *row = labels_find(&prep->labels, name, "", 0);
     if (row && *row->patient) snprintf(key, sizeof key, "%s", row->patient);
     else if (patient_of(&prep->options->patient, name, key, sizeof key)) {
         if (!r.reason) r.reason = REASON_NO_PATIENT;
@@ -102,7 +101,6 @@ static inline Record scan_named(const Prep *prep, uint64_t file, int kind, int r
 
 static inline void scan_dicom(const Prep *prep, uint64_t file, PoolResult *out) {
     const Options *o = prep->options;
-    Labels labels = prep->labels;
     DicomHeader h;
     DicomFrame *frames = NULL;
     char reason[256], key[1024], type[64];
@@ -113,7 +111,7 @@ static inline void scan_dicom(const Prep *prep, uint64_t file, PoolResult *out) 
         result_write(out, &named, sizeof named);
         return;
     }
-    LabelRow *row = labels_find(&labels, name, h.series, 0);
+    LabelRow *row = labels_find(&prep->labels, name, h.series, 0);
     if (row && *row->patient) named.patient = hash_text(o, row->patient);
     else if (o->patient.from == PATIENT_AUTO && *h.patient) named.patient = hash_text(o, h.patient);
     else if ((o->patient.from == PATIENT_AUTO && *h.study) || (o->patient.from <= PATIENT_FOLDER && !slash))

@@ -281,6 +281,7 @@ static inline int volume_store(Volume *v, const void *data, int type, double slo
 // them run against left, posterior, superior.
 static const struct { int normal, down, across, down_inferior; } volume_planes[PLANE_COUNT] = {
     {2, 1, 0, 0}, {1, 2, 0, 1}, {0, 2, 1, 1}};
+static const int plane_across[3] = {PLANE_SAGITTAL, PLANE_CORONAL, PLANE_AXIAL};    // the plane whose normal is a body axis
 
 typedef struct { int rows, cols, slices, normal, down, across; float spacing_row, spacing_col, spacing_slice; } VolumeView;
 

@@ -19,21 +19,10 @@ Tests of dataloader.h, prep/anatomy.h and prep/phantom.h. Prints a line for each
 #include <signal.h>
 #include <sys/wait.h>
 
+#include "check.h"
 #include "prep/phantom.h"
 
-static int passed, failed;
 static char folder[64];
-
-__attribute__((format(printf, 2, 3))) static void check(int good, const char *format, ...) {
-    va_list args;
-    good ? passed++ : failed++;
-    if (good) return;
-    va_start(args, format);
-    printf("failed: ");
-    vprintf(format, args);
-    printf("\n");
-    va_end(args);
-}
 
 static const char *in_folder(const char *name) {
     static char path[8][512];

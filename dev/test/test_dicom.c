@@ -11,26 +11,15 @@ GDCM refuses DICOM: that is said, and is no failure. Works in a fresh folder und
 #define _GNU_SOURCE
 #include <sys/wait.h>
 
+#include "check.h"
 #include "dataloader.h"
 #include "curia/file.h"
 
-static int passed, failed, run_status;
+static int run_status;
 static const char *prep;
 // Of the last run: report.tsv and stderr ("" where there is none), and whose each of the stacks is.
 static char folder[512], report[1 << 16], errors[1 << 16];
 static uint64_t patients[16];
-
-__attribute__((format(printf, 2, 3)))
-static void check(int good, const char *format, ...) {
-    passed += good != 0, failed += !good;
-    if (good) return;
-    va_list args;
-    va_start(args, format);
-    printf("failed: ");
-    vprintf(format, args);
-    printf("\n");
-    va_end(args);
-}
 
 static const char *in_folder(const char *name) {
     static char path[PATH_SIZE];

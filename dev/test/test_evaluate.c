@@ -9,6 +9,7 @@ line, errors and outputs. Each check prints a line where it fails; the end is `N
 
   gcc -O2 -fopenmp dev/test/test_evaluate.c -o test_evaluate -lm -lpthread
 */
+#include "check.h"
 #include "../../dataloader.h"
 #include "../../curia/checkpoint.h"
 #include "../../curia/probe.h"
@@ -19,23 +20,6 @@ line, errors and outputs. Each check prints a line where it fails; the end is `N
 #endif
 #include <limits.h>
 #include <sys/wait.h>
-
-static int passed, failed;
-
-__attribute__((format(printf, 2, 3)))
-static void check(int good, const char *format, ...) {
-    if (good) {
-        passed++;
-        return;
-    }
-    failed++;
-    va_list args;
-    va_start(args, format);
-    printf("FAILED ");
-    vprintf(format, args);
-    printf("\n");
-    va_end(args);
-}
 
 static int near(double a, double b, double tolerance) { return fabs(a - b) <= tolerance * fmax(1, fabs(b)); }
 

@@ -6,28 +6,12 @@ Tests of json.h, file.h and safetensors.h, and of the known answers of hash.h an
 Ends with "N passed, N failed"; exit status 1 where any failed. Works in a fresh folder under $TMPDIR or /tmp, removed at the end.
 */
 #include <sys/wait.h>
+#include "check.h"
 #include "curia/hash.h"
 #include "curia/rng.h"
 #include "curia/safetensors.h"
 
-static int passed, failed;
 static char folder[512];
-
-__attribute__((format(printf, 2, 3)))
-static int check(int good, const char *format, ...) {
-    if (good) {
-        passed++;
-        return 1;
-    }
-    failed++;
-    va_list args;
-    va_start(args, format);
-    printf("FAILED ");
-    vprintf(format, args);
-    printf("\n");
-    va_end(args);
-    return 0;
-}
 
 // The path of a name in the test's folder; stays valid, and the same name gives the same pointer.
 static const char *in_folder(const char *name) {
