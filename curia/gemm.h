@@ -1,7 +1,6 @@
 /*
 Matrix multiply on the CPU: blocked, packed, register-tiled with the compiler's vector extension, threads by OpenMP.
 
-  real              the number type of the CPU backend: float, or double with -DCURIA_FP64
   gemm              C (+)= A B (+ bias), any strides, threads inside
   gemm_serial       the same on the calling thread, for attention's many small products
 
@@ -12,17 +11,12 @@ bits. Blocking follows Goto and van de Geijn, "Anatomy of high-performance matri
 #define CURIA_GEMM_H
 
 #include "log.h"
+#include "real.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else
 #define omp_get_max_threads() 1
 #define omp_get_thread_num() 0
-#endif
-
-#ifdef CURIA_FP64
-typedef double real;
-#else
-typedef float real;
 #endif
 
 // A register tile is TILE_M rows by two vectors; its accumulators fill the register file but for the operands.
@@ -63,7 +57,7 @@ static inline void gemm_pack(real *out, const real *x, size_t row_stride, size_t
 }
 
 // c[rows, cols] (+)= a panel times a panel over `depth`; a: [depth, TILE_M], b: [depth, TILE_N].
-static inline void gemm_tile(const real *restrict a, const real *restrict b, int depth, real *restrict c, size_t ldc, int rows,
+static inline void gemm_tile(const real *__restrict a, const real *__restrict b, int depth, real *__restrict c, size_t ldc, int rows,
                              int cols, int add) {
     vec sum[TILE_M][2];
     for (int i = 0; i < TILE_M; i++) sum[i][0] = sum[i][1] = (vec){0};
@@ -100,8 +94,8 @@ static inline void gemm_block(const real *a, const real *b, int rows, int cols, 
 }
 
 static inline real *gemm_thread_buffer(void) {
-    static _Thread_local real *buffer;
-    if (!buffer) buffer = xmalloc((BLOCK_M + BLOCK_N) * BLOCK_K * sizeof(real), "matrix multiply buffers");
+    static __thread real *buffer;
+    if (!buffer) buffer = (real *)xmalloc((BLOCK_M + BLOCK_N) * BLOCK_K * sizeof(real), "matrix multiply buffers");
     return buffer;
 }
 

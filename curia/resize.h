@@ -8,8 +8,8 @@ Separable image resizing: each axis is a small matrix, out x in, applied as taps
 #ifndef CURIA_RESIZE_H
 #define CURIA_RESIZE_H
 
-#include "vecmath.h"
 #include "config.h"
+#include "real.h"
 
 typedef struct {
     int in, out, taps;
@@ -36,8 +36,8 @@ static inline Resize resize_plan(int in, int out, int mode) {
     double stretch = antialias && ratio > 1 ? ratio : 1;
     r.taps = antialias ? (int)ceil(2 * stretch) * 2 + 1 : 4;
     if (r.taps > in) r.taps = in;
-    r.first = xmalloc((size_t)out * sizeof(int), "resize taps");
-    r.weight = xmalloc((size_t)out * (size_t)r.taps * sizeof(real), "resize taps");
+    r.first = (int *)xmalloc((size_t)out * sizeof(int), "resize taps");
+    r.weight = (real *)xmalloc((size_t)out * (size_t)r.taps * sizeof(real), "resize taps");
     for (int i = 0; i < out; i++) {
         real *w = r.weight + (size_t)i * r.taps;
         double center = ratio * (i + 0.5);

@@ -36,11 +36,14 @@ typedef struct {
     size_t group_start[GROUP_COUNT + 1];    // a group's tensors are contiguous: elements [start[g], start[g+1])
 } TensorTable;
 
+typedef struct { int64_t n[4]; } Shape;    // unused dimensions are 0
+#define SHAPE(...) ((Shape){{__VA_ARGS__}})
+
 static inline Tensor *tensor_add(TensorTable *t, int group, double lr_factor, int init, double init_value,
-                                 const int64_t shape[4], const char *format, ...) {
+                                 Shape shape, const char *format, ...) {
     if (t->count == t->capacity) {
         t->capacity = t->capacity ? 2 * t->capacity : 64;
-        t->tensors = realloc(t->tensors, (size_t)t->capacity * sizeof *t->tensors);
+        t->tensors = (Tensor *)realloc(t->tensors, (size_t)t->capacity * sizeof *t->tensors);
         if (!t->tensors) fail(STATUS_FAILED, "out of memory: the tensor table");
     }
     Tensor *x = &t->tensors[t->count++];
@@ -50,9 +53,9 @@ static inline Tensor *tensor_add(TensorTable *t, int group, double lr_factor, in
     vsnprintf(x->name, sizeof x->name, format, args);
     va_end(args);
     x->size = 1;
-    for (int i = 0; i < 4 && shape[i]; i++) {
-        x->shape[x->rank++] = shape[i];
-        x->size *= (size_t)shape[i];
+    for (int i = 0; i < 4 && shape.n[i]; i++) {
+        x->shape[x->rank++] = shape.n[i];
+        x->size *= (size_t)shape.n[i];
     }
     x->offset = t->size;
     t->size += x->size;
@@ -67,8 +70,6 @@ static inline Tensor *tensor_add(TensorTable *t, int group, double lr_factor, in
     x->last_layer = strstr(x->name, "last_layer") != NULL;
     return x;
 }
-
-#define SHAPE(...) ((const int64_t[4]){__VA_ARGS__})
 
 // A head: `layers` linear layers, then prototypes with weight norm (METHOD B). One layer is PyTorch's bare Linear.
 static inline void tensors_add_head(TensorTable *t, int group, const char *head, long long dim, long long hidden, long long layers,

@@ -2,7 +2,6 @@
 exp, erf and their uses, written so that the compiler turns loops over them into vector code.
 
   real_exp, real_erf    within 2 ulp in fp32; the C library's in fp64
-  SIMD_SUM, SIMD_MAX    loop pragmas: a sum or maximum in vector lanes, the same order for any number of threads
   gelu, gelu_slope      x Phi(x) and its derivative, exact (erf) form: METHOD A.6
   silu, silu_slope      x sigma(x) and its derivative
 */
@@ -10,11 +9,7 @@ exp, erf and their uses, written so that the compiler turns loops over them into
 #define CURIA_VECMATH_H
 
 #include <math.h>
-#include "gemm.h"
-
-#define PRAGMA(text) _Pragma(#text)
-#define SIMD_SUM(x) PRAGMA(omp simd reduction(+ : x))
-#define SIMD_MAX(x) PRAGMA(omp simd reduction(max : x))
+#include "real.h"
 
 #ifdef CURIA_FP64
 static inline real real_exp(real x) { return exp(x); }
