@@ -10,7 +10,9 @@ A line per comparison; the last line is "N passed, N failed", and the exit statu
 */
 #include <getopt.h>
 #include "curia/checkpoint.h"
+#include "curia/gemm.h"
 #include "curia/resize.h"
+#include "curia/vecmath.h"
 #include "curia/views.h"
 
 static int passed, failed;
