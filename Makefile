@@ -32,6 +32,21 @@ DICOM := -DCURIA_DICOM
 DICOM_LIBS := -lgdcmMSFF -lgdcmDSED -lgdcmCommon -lz -lstdc++
 endif
 
+# nvcc from PATH or its usual place; code for every GPU generation that this nvcc knows of the three, and PTX for later ones.
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_HOME := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+ifneq ($(and $(NVCC),$(wildcard $(CUDA_HOME)/include/cublasLt.h)),)
+CUDA := -DCURIA_CUDA
+CUDA_ARCHS ?= $(patsubst compute_%,%,$(filter compute_80 compute_90 compute_100,$(shell $(NVCC) --list-gpu-arch)))
+CUDA_GENCODE = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=[sm_$(a),compute_$(a)])
+CUDA_LIB := $(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib/x86_64-linux-gnu) $(CUDA_HOME)/lib)
+CUDA_LIBS := -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublasLt -lcudart_static -ldl -lrt -lstdc++
+CUDA_OBJECT := $(BUILD)/cuda.o
+CUDA_OBJECTS := $(BUILD)/cuda.o $(BUILD)/cuda_fp32.o
+endif
+NVCC_FLAGS = -std=c++17 -O3 --threads 0 -Xcompiler -Wall,-Wextra $(if $(WERROR),-Werror all-warnings)
+CUDA_HEADERS := $(wildcard curia/cuda/*.cuh)
+
 PROGRAMS := train_curia evaluate test_curia prep/prep
 TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate $(BUILD)/test_dicom $(BUILD)/fuzz_prep
 HEADERS := $(wildcard *.h curia/*.h prep/*.h dev/test/*.h)
@@ -46,25 +61,32 @@ found:
 	@echo "DICOM:    $(if $(DICOM),yes,no: prep refuses it; get it with 'make deps' (Debian: g++ libgdcm-dev))"
 	@echo "NIfTI, NRRD, MetaImage: $(if $(VOLUMES),yes,no: prep refuses them; get them with 'make deps' (Debian: libnifti2-dev libisal-dev zlib1g-dev))"
 	@echo "previews: $(if $(PNG),yes,no: prep draws none; get them with 'make deps' (Debian: libpng-dev))"
-	@echo "CUDA:     no: this version has the CPU backend only"
+	@echo "CUDA:     $(if $(CUDA),yes: $(NVCC) for $(addprefix sm_,$(CUDA_ARCHS)),no: the CPU backend only; get nvcc and cuBLASLt with NVIDIA's CUDA toolkit from 12.0 on)"
 
 # Everything is rebuilt when the compiler or its flags change.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
-	@echo '$(CC) $(CXX) $(ALL_CFLAGS) $(DICOM) $(VOLUMES) $(PNG)' | cmp -s - $@ || \
-		echo '$(CC) $(CXX) $(ALL_CFLAGS) $(DICOM) $(VOLUMES) $(PNG)' > $@
+	@echo '$(CC) $(CXX) $(ALL_CFLAGS) $(DICOM) $(VOLUMES) $(PNG) $(CUDA)' | cmp -s - $@ || \
+		echo '$(CC) $(CXX) $(ALL_CFLAGS) $(DICOM) $(VOLUMES) $(PNG) $(CUDA)' > $@
+$(BUILD)/cuda_flags: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(NVCC) $(NVCC_FLAGS) $(CUDA_GENCODE)' | cmp -s - $@ || echo '$(NVCC) $(NVCC_FLAGS) $(CUDA_GENCODE)' > $@
 FORCE:
 
 $(BUILD)/backend.o: train_curia.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -DCURIA_LIBRARY -c $< -o $@
 $(BUILD)/backend_fp64.o: train_curia.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -DCURIA_LIBRARY -DCURIA_FP64 -c $< -o $@
-$(PREFIX)train_curia: train_curia.c $(HEADERS) $(BUILD)/flags
-	$(CC) $(ALL_CFLAGS) $< -o $@ $(LDLIBS)
-$(PREFIX)evaluate: evaluate.c $(BUILD)/backend.o $(HEADERS) $(BUILD)/flags
-	$(CC) $(ALL_CFLAGS) $< $(BUILD)/backend.o -o $@ $(LDLIBS)
-$(PREFIX)test_curia: test_curia.c $(BUILD)/backend.o $(BUILD)/backend_fp64.o $(HEADERS) $(BUILD)/flags
-	$(CC) $(ALL_CFLAGS) $< $(BUILD)/backend.o $(BUILD)/backend_fp64.o -o $@ $(LDLIBS)
+$(BUILD)/cuda.o: train_curia.cu $(CUDA_HEADERS) $(HEADERS) $(BUILD)/cuda_flags
+	$(NVCC) $(NVCC_FLAGS) $(CUDA_GENCODE) -c $< -o $@
+$(BUILD)/cuda_fp32.o: train_curia.cu $(CUDA_HEADERS) $(HEADERS) $(BUILD)/cuda_flags
+	$(NVCC) $(NVCC_FLAGS) $(CUDA_GENCODE) -DCURIA_FP32 -c $< -o $@
+$(PREFIX)train_curia: train_curia.c $(CUDA_OBJECT) $(HEADERS) $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) $(CUDA) $< $(CUDA_OBJECT) -o $@ $(LDLIBS) $(CUDA_LIBS)
+$(PREFIX)evaluate: evaluate.c $(BUILD)/backend.o $(CUDA_OBJECT) $(HEADERS) $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) $(CUDA) $< $(BUILD)/backend.o $(CUDA_OBJECT) -o $@ $(LDLIBS) $(CUDA_LIBS)
+$(PREFIX)test_curia: test_curia.c $(BUILD)/backend.o $(BUILD)/backend_fp64.o $(CUDA_OBJECTS) $(HEADERS) $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) $(CUDA) $< $(BUILD)/backend.o $(BUILD)/backend_fp64.o $(CUDA_OBJECTS) -o $@ $(LDLIBS) $(CUDA_LIBS)
 $(BUILD)/dicom.o: prep/dicom.cc prep/dicom.h $(BUILD)/flags
 	$(CXX) -std=gnu++17 $(CFLAGS) $(WARNINGS) $(SANITIZE) $(DICOM) -I. -isystem $(GDCM) -c $< -o $@
 $(PREFIX)prep/prep: prep/prep.c $(HEADERS) $(if $(DICOM),$(BUILD)/dicom.o) $(BUILD)/flags

@@ -17,6 +17,7 @@ probes. Half of the patients, by a hash keyed with the seed, train the probe, an
 #include <getopt.h>
 
 #include "curia/checkpoint.h"
+#include "curia/device.h"
 #include "curia/probe.h"
 #include "curia/views.h"
 
@@ -36,6 +37,7 @@ typedef struct {
     const char *feature_name;
     int feature;                    // FEATURE_*
     int norm;                       // NORMALIZE_VIEW or NORMALIZE_VOLUME
+    const char *device;
     int clip_air;                   // 0, 1; -1: as the model's preprocessor_config.json says
     long long size;                 // pixels; 0: as the model says
     uint64_t seed;
@@ -90,7 +92,7 @@ static Options parse_options(int argc, char **argv) {
         {"random-init", no_argument, 0, 'r'}, {"test-share", required_argument, 0, 'x'}, {"seed", required_argument, 0, 's'},
         {"size", required_argument, 0, 'z'}, {"norm", required_argument, 0, 'n'}, {"clip-air", required_argument, 0, 'c'},
         {"device", required_argument, 0, 'v'}, {"help", no_argument, 0, 'h'}, {0}};
-    Options o = {.protocols = PROTOCOL_KNN | PROTOCOL_LINEAR, .feature_name = "cls", .norm = NORMALIZE_VIEW, .clip_air = -1,
+    Options o = {.protocols = PROTOCOL_KNN | PROTOCOL_LINEAR, .feature_name = "cls", .norm = NORMALIZE_VIEW, .device = "auto", .clip_air = -1,
                  .seed = 1, .test_share = 0.5};
     o.data = xmalloc((size_t)argc * sizeof *o.data, "the command line");
     opterr = 0;
@@ -119,8 +121,8 @@ static Options parse_options(int argc, char **argv) {
             case 'n': o.norm = parse_choice("norm", optarg, "slice|volume") ? NORMALIZE_VOLUME : NORMALIZE_VIEW; break;
             case 'c': o.clip_air = parse_choice("clip-air", optarg, "0|1"); break;
             case 'v':
-                if (parse_choice("device", optarg, "auto|cpu|cuda") == 2)
-                    fail(STATUS_USAGE, "--device cuda: this program was built with the CPU backend alone; use --device cpu");
+                parse_choice("device", optarg, "auto|cpu|cuda");
+                o.device = optarg;
                 break;
             case 'h': fputs(help, stdout); exit(STATUS_DONE);
             case ':': fail(STATUS_USAGE, "%s needs a value; --help lists the options", argv[optind - 1]);
@@ -406,7 +408,6 @@ static void score_features(const char *model, const Study *s, const Config *c, c
 
 int main(int argc, char **argv) {
     Options o = parse_options(argc, argv);
-    const Backend *be = &cpu_backend;
     char folder[PATH_SIZE];
     checkpoint_teacher(o.model, folder);
     Config c = config_default();
@@ -420,6 +421,8 @@ int main(int argc, char **argv) {
     c.crops_local_size = c.model_patch;             // there are no local crops: any size that config_validate takes
     c.crops_local_count = 0;
     config_validate(&c, folder);
+    const char *why;
+    const Backend *be = device_choose(o.device, &c, &why);
 
     Dataset *d = dataset_open(o.data, o.n_data);
     Study s = study_read(d, &o);
@@ -431,8 +434,8 @@ int main(int argc, char **argv) {
     TensorTable t = tensors_build(&c, 0);
     Model *m = be->create(&c, &t, 0);
     hf_read_weights(be, m, &t, folder, "teacher.");
-    fprintf(stderr, "%s on %s: %lld pixels, %lld blocks of width %lld\n", folder, be->name, c.crops_global_size, c.model_depth,
-            c.model_dim);
+    fprintf(stderr, "%s on %s (%s): %lld pixels, %lld blocks of width %lld\n", folder, be->name, why, c.crops_global_size,
+            c.model_depth, c.model_dim);
     float *features = encode_slices(be, m, &c, d, &s, &o);
     if (o.extract) extract_write(d, &s, features, feature_width(&c, &o));
     if (!s.unfit) {

@@ -284,6 +284,7 @@ struct Model {
     real *masked_weight;            // 1 / number of masked patches in its crop
     HeadActs student_head[2], teacher_head[2];      // [1]: iBOT's own head, where it has one
     double *row_loss;
+    StepResult result;
     real *dbottleneck, *directions, *sigreg_projection, *sigreg_slope, *gram[2], *head_scratch[2], *position_scratch;
 };
 
@@ -1229,7 +1230,8 @@ static void update_step(Model *m, const Batch *b, StepResult *r) {
     }
 }
 
-static void model_step(Model *m, const Batch *b, StepResult *r) {
+static void model_begin(Model *m, const Batch *b) {
+    StepResult *r = &m->result;
     memset(r, 0, sizeof *r);
     plan_batch(m, b);
     load_pixels(m, b);
@@ -1245,8 +1247,15 @@ static void model_step(Model *m, const Batch *b, StepResult *r) {
                    &r->feature_std, &r->feature_rank);
 }
 
+static void model_end(Model *m, StepResult *r) { *r = m->result; }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. The backend
+
+static const char *model_missing(const Config *c) {
+    (void)c;
+    return NULL;
+}
 
 static Model *model_create(const Config *c, const TensorTable *t, int train) {
     Model *m = xmalloc(sizeof *m, "the model");
@@ -1345,7 +1354,7 @@ const Backend cpu_backend_fp64 = {
 #else
 const Backend cpu_backend = {
 #endif
-    "cpu", model_create, model_destroy, model_write, model_read, model_step, model_encode, model_pixels};
+    "cpu", 1, model_missing, model_create, model_destroy, model_write, model_read, model_begin, model_end, model_encode, model_pixels};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 8. main: draw a batch, step, log, checkpoint
@@ -1354,6 +1363,7 @@ const Backend cpu_backend = {
 #include <getopt.h>
 #include <signal.h>
 #include "curia/checkpoint.h"
+#include "curia/device.h"
 #include "curia/recipes.h"
 #include "curia/views.h"
 #include "prep/phantom.h"
@@ -1420,8 +1430,6 @@ static Options parse_options(int argc, char **argv) {
         exit(STATUS_DONE);
     }
     if (o.resume && !o.out) fail(STATUS_USAGE, "--resume needs --out DIR, the folder of the run to go on with");
-    if (!strcmp(o.device, "cuda")) fail(STATUS_USAGE, "--device cuda: this program was built without the CUDA backend; use --device cpu");
-    if (strcmp(o.device, "auto") && strcmp(o.device, "cpu")) fail(STATUS_USAGE, "--device %s: expected auto, cpu or cuda", o.device);
     return o;
 }
 
@@ -1566,6 +1574,8 @@ static void show_step(const Config *c, const Schedule *s, const StepResult *r, l
             c->optim_batch_size / seconds_per_step, (int)left / 60, (int)left % 60, live && step < last ? "" : "\n");
 }
 
+static int saves_after(const Config *c, long long step) { return c->run_save_every && step % c->run_save_every == 0; }
+
 static volatile sig_atomic_t stop_requested;
 static void request_stop(int signal) { stop_requested = signal; }
 
@@ -1602,12 +1612,13 @@ int main(int argc, char **argv) {
     if (c.gram_weight > 0)
         fail(STATUS_USAGE, "gram.weight=%g: training has no Gram teacher yet; the loss takes targets from golden files only", c.gram_weight);
 
+    const char *why;
+    const Backend *backend = device_choose(o.device, &c, &why);
     if (!hf_ratio(&c))
         warn("model.ffn_hidden=%lld is no whole mlp_ratio of transformers: it will not load the checkpoints' teacher/", c.model_ffn_hidden);
     if (!o.data_count) o.data[o.data_count++] = phantom_data();
     Dataset *data = dataset_open(o.data, o.data_count);
     set_weights(data, &c, o.data_count);
-    const Backend *backend = &cpu_backend;
     TensorTable table = tensors_build(&c, 1);
     Model *model = backend->create(&c, &table, 1);
     RunState state = {0, 0, dataset_identity(data)};
@@ -1628,9 +1639,8 @@ int main(int argc, char **argv) {
     FILE *log = open_log(o.out, state.step);
 
     config_print(&c, stderr);
-    fprintf(stderr, "device cpu (%s), %d thread%s; %.2f M parameters; %llu slices; run in %s\n",
-            strcmp(o.device, "cpu") ? "built without CUDA" : "as asked", omp_get_max_threads(), omp_get_max_threads() == 1 ? "" : "s",
-            table.size / 1e6, (unsigned long long)dataset_count(data), o.out);
+    fprintf(stderr, "device %s (%s), %d thread%s; %.2f M parameters; %llu slices; run in %s\n", backend->name, why,
+            omp_get_max_threads(), omp_get_max_threads() == 1 ? "" : "s", table.size / 1e6, (unsigned long long)dataset_count(data), o.out);
     if (checkpoint) fprintf(stderr, "resumed after step %lld\n", state.step);
 
     struct sigaction action = {.sa_handler = request_stop};
@@ -1641,35 +1651,45 @@ int main(int argc, char **argv) {
     Prefetch *prefetch = prefetch_start(data);
     input_indices(&input, data, &sampler);
     prefetch_request(prefetch, input.indices, input.batch.samples);
-    double begin = seconds_now();
-    long long first = state.step;
-    while (state.step < last && !stop_requested) {
-        // This step's slices are on their way; the next step's follow while it computes.
-        prefetch_wait(prefetch);
-        input_draw(&input, &c, data, state.step);
-        sampler.next += (uint64_t)c.optim_batch_size;
-        input_indices(&input, data, &sampler);
-        prefetch_request(prefetch, input.indices, input.batch.samples);
-
+    Schedule schedules[2];
+    double begin = seconds_now(), ended = begin, waited = 0;
+    long long first = state.step, begun = first;
+    while (state.step < begun || (begun < last && !stop_requested)) {
+        // A step begins before the last one ends where the backend can, so that a device never waits for its host; not so after a
+        // step that a checkpoint follows.
+        while (begun < last && !stop_requested && begun - state.step < backend->ahead && (begun == state.step || !saves_after(&c, begun))) {
+            // This step's slices are on their way; the next step's follow while it computes.
+            double asked = seconds_now();
+            prefetch_wait(prefetch);
+            if (begun == state.step) waited += seconds_now() - asked;
+            input_draw(&input, &c, data, begun);
+            sampler.next += (uint64_t)c.optim_batch_size;
+            input_indices(&input, data, &sampler);
+            prefetch_request(prefetch, input.indices, input.batch.samples);
+            schedules[begun % 2] = input.batch.schedule;
+            backend->begin(model, &input.batch);
+            begun++;
+        }
         StepResult r;
-        double started = seconds_now();
-        backend->step(model, &input.batch, &r);
-        double taken = seconds_now() - started;
+        const Schedule *schedule = &schedules[state.step % 2];
+        backend->end(model, &r);
+        double now = seconds_now(), taken = now - ended;
+        ended = now;
         state.step++;
         state.sampler_next = sampler.next;
         if (!isfinite(r.loss))
             fail(STATUS_FAILED, "step %lld: the loss is %g; lower optim.lr (%g) or optim.clip (%g) and start again with --init %s",
                  state.step, r.loss, c.optim_lr, c.optim_clip, o.out);
-        log_step(log, &input.batch.schedule, &r, state.step, taken);
-        show_step(&c, &input.batch.schedule, &r, state.step, last, (seconds_now() - begin) / (state.step - first));
-        if (state.step == last || stop_requested || (c.run_save_every && state.step % c.run_save_every == 0))
+        log_step(log, schedule, &r, state.step, taken);
+        show_step(&c, schedule, &r, state.step, last, (now - begin) / (state.step - first));
+        if (state.step == begun && (stop_requested || state.step == last || saves_after(&c, state.step)))
             checkpoint_save(backend, model, &table, &c, o.out, &state);
     }
     prefetch_wait(prefetch);
     prefetch_stop(prefetch);
     if (fclose(log)) fail(STATUS_FAILED, "%s/log.tsv: cannot write it: %s", o.out, strerror(errno));
-    fprintf(stderr, "%s after step %lld; peak memory %.0f MiB; run in %s\n", stop_requested ? "stopped" : "done", state.step,
-            peak_memory() / 1048576.0, o.out);
+    fprintf(stderr, "%s after step %lld; peak memory %.0f MiB; waited for data %.1f %% of the time; run in %s\n",
+            stop_requested ? "stopped" : "done", state.step, peak_memory() / 1048576.0, 100 * waited / (ended - begin + 1e-9), o.out);
     input_free(&input);
     backend->destroy(model);
     dataset_close(data);

@@ -44,6 +44,7 @@ typedef struct {
     int kept[2];                        // sequences kept in each group
     const float *directions;            // SIGReg: [M, Dz], unit rows
     const float *gram_target;           // [globals, N, D], where gram.weight is set
+    int all_tokens;                     // 1: out.patch is wanted; a backend may else leave out what no loss sees
     long long step;                     // 0-based; AdamW has taken this many steps before
     Schedule schedule;
 } Batch;
@@ -60,6 +61,8 @@ typedef struct Model Model;
 
 typedef struct {
     const char *name;
+    int ahead;                          // steps that may be under way at once
+    const char *(*missing)(const Config *c);    // why it cannot run here, or not this model; NULL: it can
     // Memory for a model; weights and moments are zero. train 0: teacher only, for encode().
     Model *(*create)(const Config *c, const TensorTable *t, int train);
     void (*destroy)(Model *m);
@@ -68,15 +71,26 @@ typedef struct {
     // center.dino, center.ibot, and of the last step out.cls [2B,D], out.patch [2B,N,D], out.teacher_cls [2B,D].
     size_t (*write)(Model *m, const char *name, Dtype dtype, const void *data);
     size_t (*read)(Model *m, const char *name, Dtype dtype, void *data);
-    // One whole step: pixels, both forwards, losses, backward, clip, AdamW, EMA.
-    void (*step)(Model *m, const Batch *b, StepResult *result);
+    // One whole step: pixels, both forwards, losses, backward, clip, AdamW, EMA. begin() may return while it runs, and with
+    // `ahead` 2 the next step may begin before the last one's end(); what is read in between is that of the later one. The batch
+    // and all it points to may change once begin() has returned.
+    void (*begin)(Model *m, const Batch *b);
+    void (*end)(Model *m, StepResult *result);
     // Final-norm tokens [globals, 1+R+N, D] of the teacher for a batch's global views, unmasked.
     void (*encode)(Model *m, const Batch *b, float *tokens);
     // Normalised pixels of every view: [globals,C,G,G] and [locals,C,l,l].
     void (*pixels)(Model *m, const Batch *b, float *global_pixels, float *local_pixels);
 } Backend;
 
+#ifdef __cplusplus
+extern "C" {
+#endif
 extern const Backend cpu_backend;           // train_curia.c, real = float
 extern const Backend cpu_backend_fp64;      // the same source, real = double, for gradient checks
+extern const Backend cuda_backend;          // train_curia.cu, bf16
+extern const Backend cuda_backend_fp32;     // the same source, float, for the checker
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -23,6 +23,7 @@ enum { CENTERING_SINKHORN, CENTERING_SOFTMAX };
 enum { SCALING_SQRT, SCALING_NONE };
 enum { NORMALIZE_SLICE, NORMALIZE_VOLUME, NORMALIZE_VIEW };
 enum { REDUCTION_FAST, REDUCTION_FIXED };
+enum { RECOMPUTE_NONE, RECOMPUTE_ACTIVATIONS, RECOMPUTE_BLOCK };
 
 // I integer, R real, B boolean, C choice (the default is an index into the names), S string of at most 255 bytes.
 //   field, key, default, least, most, meaning
@@ -113,7 +114,8 @@ enum { REDUCTION_FAST, REDUCTION_FIXED };
     I(run_save_every, "run.save_every", 500, 0, 1LL << 40, "steps between checkpoints; 0: only at the end") \
     I(run_eval_every, "run.eval_every", 0, 0, 0, "steps between evaluations; 0: never, the only way in this version") \
     I(run_keep, "run.keep", 2, 1, 1 << 20, "checkpoints kept") \
-    C(run_reduction, "run.reduction", REDUCTION_FAST, "fast|fixed", "order of sums; the CPU backend's is fixed in either case")
+    C(run_reduction, "run.reduction", REDUCTION_FAST, "fast|fixed", "order of sums; the CPU backend's is fixed in either case") \
+    C(run_recompute, "run.recompute", RECOMPUTE_NONE, "none|activations|block", "what the CUDA backend computes again in the backward to save memory")
 
 typedef struct {
 #define FIELD_I(field, ...) long long field;

@@ -3,7 +3,7 @@ What every CUDA layer shares: number types, error checks, sums over warps and bl
 
   floatX            activations and the weights that matrix multiplies see: bf16, or float with -DCURIA_FP32 (the checker's build)
   logitX            prototype logits and their operands, unit vectors: fp16 for its mantissa, or float with -DCURIA_FP32
-  Pack              16 bytes of one type, read and written at once
+  Pack              16 bytes of one type, read and written at once (load_pack, store_pack); load4, store4: four elements as float4
   CUDA_CHECK        an API call that must succeed, or fail() names the step and the call
   launched          after every kernel launch: its error, with its name
   warp_sum, warp_max, block_sum, block_max     the same result in every thread, in an order that never changes
@@ -67,6 +67,19 @@ template <class T> __device__ static inline Pack<T> load_pack(const T *p) {
     return x;
 }
 template <class T> __device__ static inline void store_pack(T *p, const Pack<T> &x) { *(int4 *)p = *(const int4 *)&x; }
+
+__device__ static inline float4 load4(const float *p) { return *(const float4 *)p; }
+__device__ static inline void store4(float *p, float4 x) { *(float4 *)p = x; }
+struct alignas(8) Four { __nv_bfloat16 v[4]; };
+__device__ static inline float4 load4(const __nv_bfloat16 *p) {
+    Four x;
+    *(int2 *)&x = *(const int2 *)p;
+    return make_float4(to_float(x.v[0]), to_float(x.v[1]), to_float(x.v[2]), to_float(x.v[3]));
+}
+__device__ static inline void store4(__nv_bfloat16 *p, float4 x) {
+    Four y = {{__float2bfloat16(x.x), __float2bfloat16(x.y), __float2bfloat16(x.z), __float2bfloat16(x.w)}};
+    *(int2 *)p = *(const int2 *)&y;
+}
 
 __device__ static inline float warp_sum(float x) {
     for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
