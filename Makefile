@@ -52,7 +52,7 @@ TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate $(BUILD
 HEADERS := $(wildcard *.h curia/*.h prep/*.h dev/test/*.h)
 PACKAGES := g++ libgdcm-dev libnifti2-dev libisal-dev zlib1g-dev libpng-dev
 
-.PHONY: all found deps run test tests fuzz kill-prep clean
+.PHONY: all found deps run test tests emu ptxas fuzz kill-prep clean
 all: found $(addprefix $(PREFIX),$(PROGRAMS))
 
 found:
@@ -96,7 +96,32 @@ $(BUILD)/test_%: dev/test/test_%.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
 $(BUILD)/fuzz_prep: dev/fuzz/fuzz_prep.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
-tests: all $(TESTS)
+tests: all emu $(TESTS)
+
+# The CUDA backend as C++ on the CPU (dev/emu/emu.h), for ./test_curia --device emu.
+EMU := $(BUILD)/emu
+EMU_FLAGS = -std=c++17 -O2 -g1 -fno-strict-aliasing -fPIC $(WARNINGS) -Wno-sign-compare -Wno-unknown-pragmas $(OPENMP) $(SANITIZE) \
+	-DCURIA_EMULATOR -I$(EMU) -Idev/emu -I. -Icuria/cuda
+EMU_SOURCES := $(patsubst %,$(EMU)/%,train_curia.cu $(CUDA_HEADERS))
+EMU_RUNTIME := $(EMU)/emu.o $(EMU)/cublas.o
+emu: $(EMU)/backend.so
+$(EMU)/convert: dev/emu/convert.cc $(BUILD)/flags
+	@mkdir -p $(EMU)/curia/cuda $(EMU)/dev/test $(EMU)/dev/emu
+	$(CXX) -std=c++17 -O1 $(WARNINGS) $< -o $@
+$(EMU)/%.cu: %.cu $(EMU)/convert
+	$(EMU)/convert $< > $@
+$(EMU)/%.cuh: %.cuh $(EMU)/convert
+	$(EMU)/convert $< > $@
+$(EMU)/%.o: dev/emu/%.cc $(wildcard dev/emu/*.h) $(HEADERS) $(EMU)/convert
+	$(CXX) $(EMU_FLAGS) -c $< -o $@
+$(EMU)/bf16.o $(EMU)/fp32.o: $(EMU_SOURCES) $(wildcard dev/emu/*.h) $(HEADERS)
+	$(CXX) $(EMU_FLAGS) $(if $(filter %fp32.o,$@),-DCURIA_FP32) -x c++ -c $(EMU)/train_curia.cu -o $@
+$(EMU)/backend.so: $(EMU)/bf16.o $(EMU)/fp32.o $(EMU_RUNTIME)
+	$(CXX) $(EMU_FLAGS) -shared $^ -o $@
+
+# What nvcc says of every kernel; fails where one spills.
+ptxas:
+	dev/ptxas.sh $(NVCC) > dev/results/ptxas.tsv
 
 # prep killed at random moments, KILL_RUNS times over.
 KILL_RUNS ?= 100

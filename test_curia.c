@@ -12,6 +12,7 @@ A line per comparison; the last line is "N passed, N failed", and the exit statu
 #include <dlfcn.h>
 #include <getopt.h>
 #include "curia/checkpoint.h"
+#include "curia/cost.h"
 #include "curia/gemm.h"
 #include "curia/resize.h"
 #include "curia/vecmath.h"
@@ -695,6 +696,17 @@ static void test_tables(void) {
     double worst = 0;
     for (int i = 0; i < 5; i++) worst = fmax(worst, fabs(schedule_at(&c, known[i].step).lr - known[i].lr) / base);
     check("learning rate at known steps", worst, 1e-9);
+    static const struct { const char *dim, *depth, *heads, *size; double gflop; } costs[] = {
+        {"768", "12", "12", "224", 445.9}, {"1024", "24", "16", "224", 1539.8}, {"1024", "24", "16", "512", 6485.3}};
+    for (int i = 0; i < 3; i++) {
+        Config k = config_default();
+        const char *set[][2] = {{"model.dim", costs[i].dim}, {"model.depth", costs[i].depth}, {"model.heads", costs[i].heads},
+                                {"crops.global_size", costs[i].size}, {"crops.local_size", "96"}, {"model.patch", "16"}};
+        for (int j = 0; j < 6; j++) config_set(&k, set[j][0], set[j][1], "a test");
+        config_validate(&k, "a test");
+        Cost cost = step_cost(&k);
+        check("operations of a step, GFLOP an image beyond METHOD G.2's", fabs((cost.products + cost.attention) / 1e9 - costs[i].gflop), 0.06);
+    }
     check("momentum half way", fabs(schedule_at(&c, 62500).momentum - 0.996), 1e-12);
     check("weight decay half way", fabs(schedule_at(&c, 62500).weight_decay - 0.22), 1e-12);
 }

@@ -1354,7 +1354,7 @@ const Backend cpu_backend_fp64 = {
 #else
 const Backend cpu_backend = {
 #endif
-    "cpu", 1, model_missing, model_create, model_destroy, model_write, model_read, model_begin, model_end, model_encode, model_pixels};
+    "cpu", 1, model_missing, model_create, model_destroy, model_write, model_read, model_begin, model_end, model_encode, NULL, model_pixels};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 8. main: draw a batch, step, log, checkpoint
@@ -1363,6 +1363,7 @@ const Backend cpu_backend = {
 #include <getopt.h>
 #include <signal.h>
 #include "curia/checkpoint.h"
+#include "curia/cost.h"
 #include "curia/device.h"
 #include "curia/recipes.h"
 #include "curia/views.h"
@@ -1560,7 +1561,9 @@ static void log_step(FILE *log, const Schedule *s, const StepResult *r, long lon
 }
 
 // One line a step for people: over the last one on a terminal, every five seconds elsewhere.
-static void show_step(const Config *c, const Schedule *s, const StepResult *r, long long step, long long last, double seconds_per_step) {
+// peak: operations per second, 0: not known; least: seconds that an image takes at the least (METHOD G.3).
+static void show_step(const Config *c, const Schedule *s, const StepResult *r, long long step, long long last, double seconds_per_step,
+                      double peak, double least) {
     static double shown;
     int live = isatty(2);
     double left = seconds_per_step * (last - step), now = seconds_now();
@@ -1569,9 +1572,14 @@ static void show_step(const Config *c, const Schedule *s, const StepResult *r, l
     fprintf(stderr, "%sstep %lld/%lld | loss %.4f dino %.3f ibot %.3f", live ? "\r\033[K" : "", step, last, r->loss, r->dino, r->ibot);
     if (c->koleo_weight > 0) fprintf(stderr, " koleo %.3f", r->koleo);
     if (c->sigreg_weight > 0) fprintf(stderr, " sigreg %.4f", r->sigreg);
-    fprintf(stderr, " | lr %.2e | grad %.2f | entropy %.2f | std %.3f rank %.1f | %.1f img/s | %d:%02d left%s", s->lr,
-            r->gradient_norm[GROUP_BACKBONE], r->prototype_entropy[0], r->feature_std, r->feature_rank,
-            c->optim_batch_size / seconds_per_step, (int)left / 60, (int)left % 60, live && step < last ? "" : "\n");
+    double images = c->optim_batch_size / seconds_per_step;
+    fprintf(stderr, " | lr %.2e | grad %.2f | entropy %.2f | std %.3f rank %.1f | %.1f img/s", s->lr, r->gradient_norm[GROUP_BACKBONE],
+            r->prototype_entropy[0], r->feature_std, r->feature_rank, images);
+    if (peak > 0) {
+        Cost cost = step_cost(c);
+        fprintf(stderr, ", MFU %.1f %%, floor %.1f %%", 100 * images * (cost.products + cost.attention) / peak, 100 * images * least);
+    }
+    fprintf(stderr, " | %d:%02d left%s", (int)left / 60, (int)left % 60, live && step < last ? "" : "\n");
 }
 
 static int saves_after(const Config *c, long long step) { return c->run_save_every && step % c->run_save_every == 0; }
@@ -1643,6 +1651,15 @@ int main(int argc, char **argv) {
             omp_get_max_threads(), omp_get_max_threads() == 1 ? "" : "s", table.size / 1e6, (unsigned long long)dataset_count(data), o.out);
     if (checkpoint) fprintf(stderr, "resumed after step %lld\n", state.step);
 
+    double peak = 0, bandwidth = 0, least = 0;
+    if (backend->peaks) {
+        Cost cost = step_cost(&c);
+        backend->peaks(model, &peak, &bandwidth);
+        least = serial_floor(&cost, peak, bandwidth, (double)c.optim_batch_size);
+        fprintf(stderr, "this device: %.1f TFLOP/s in a large product, %.2f TB/s in a copy; a step takes %.1f GFLOP an image, so at most "
+                "%.0f img/s\n", peak / 1e12, bandwidth / 1e12, (cost.products + cost.attention) / 1e9, 1 / least);
+    }
+
     struct sigaction action = {.sa_handler = request_stop};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
@@ -1681,7 +1698,7 @@ int main(int argc, char **argv) {
             fail(STATUS_FAILED, "step %lld: the loss is %g; lower optim.lr (%g) or optim.clip (%g) and start again with --init %s",
                  state.step, r.loss, c.optim_lr, c.optim_clip, o.out);
         log_step(log, schedule, &r, state.step, taken);
-        show_step(&c, schedule, &r, state.step, last, (now - begin) / (state.step - first));
+        show_step(&c, schedule, &r, state.step, last, (now - begin) / (state.step - first), peak, least);
         if (state.step == begun && (stop_requested || state.step == last || saves_after(&c, state.step)))
             checkpoint_save(backend, model, &table, &c, o.out, &state);
     }

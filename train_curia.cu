@@ -9,7 +9,8 @@ The same functions in the same order as the CPU backend, which is the specificat
   rows             a branch computes the rows that drop path keeps, and the last block only what a loss sees (METHOD G.3)
   memory           one arena, planned before the first step; a second stream brings the next batch while a step runs
 
-Read in this order: curia/cuda/common.cuh, matmul.cuh, weights.cuh, norm.cuh, embed.cuh, attention.cuh, losses.cuh, pixels.cuh, this.
+Read in this order: curia/cuda/common.cuh, matmul.cuh, weights.cuh, norm.cuh, embed.cuh, attention.cuh, losses.cuh, pixels.cuh,
+this.
 
   1. the model       parameters, effective weights, activations
   2. a batch         what the host decided, packed and sent
@@ -19,6 +20,7 @@ Read in this order: curia/cuda/common.cuh, matmul.cuh, weights.cuh, norm.cuh, em
 */
 #include "curia/backend.h"
 #include "curia/resize.h"
+#include "curia/rng.h"
 #include "curia/cuda/attention.cuh"
 #include "curia/cuda/embed.cuh"
 #include "curia/cuda/losses.cuh"
@@ -119,7 +121,8 @@ struct Model {
     float *norm_out[2], *norm_hat[2], *norm_rstd[2], *dnorm;    // student, teacher
     HeadActs heads[2][2];                                       // [student, teacher][DINO, iBOT]
     floatX *dhead[2];
-    float *row_loss[2], *dz, *dbottleneck, *projection, *slope, *gram_unit[2], *gram_similarity[2], *gram_inverse, *scratch, *clip;
+    float *row_loss[2], *dz, *dbottleneck, *projection, *slope, *gram_unit[2], *gram_similarity[2], *gram_inverse, *scratch,
+    *clip;
     int *nearest;
     double *norm_parts;
     Results *results;
@@ -133,7 +136,8 @@ static const float *param(const Model *m, const float *base, const char *name) {
 static HeadShape head_shape(const Model *m, int ibot) {
     const Config *c = &m->c;
     int blocks = BLOCK_MATRICES * (int)c->model_depth + 1;
-    HeadShape h = {(int)c->model_dim, (int)c->dino_hidden, (int)c->dino_layers, (int)c->dino_bottleneck, (int)c->dino_prototypes, 0,
+    HeadShape h = {(int)c->model_dim, (int)c->dino_hidden, (int)c->dino_layers, (int)c->dino_bottleneck,
+                   (int)c->dino_prototypes, 0,
                    m->table.group_start[GROUP_DINO_HEAD], blocks};
     if (ibot)
         h = {(int)c->model_dim, (int)c->ibot_hidden, (int)c->ibot_layers, (int)c->ibot_bottleneck, (int)c->ibot_prototypes, 0,
@@ -224,7 +228,8 @@ static Vectors *list_vectors(Model *m) {
     return v;
 }
 
-static const Matrix *block_matrix(const Model *m, int block, int which) { return &m->host_matrices[BLOCK_MATRICES * block + which]; }
+static const Matrix *block_matrix(const Model *m, int block,
+                                  int which) { return &m->host_matrices[BLOCK_MATRICES * block + which]; }
 static const Matrix *patch_matrix(const Model *m) { return &m->host_matrices[BLOCK_MATRICES * m->c.model_depth]; }
 static const floatX *weight_of(const Effective *w, const Matrix *x) { return (const floatX *)w + x->effective; }
 static const floatX *bias_of(const Effective *w, const Matrix *x) { return (const floatX *)w + x->effective_bias; }
@@ -369,7 +374,8 @@ static void size_pass(const Model *m, Pass *p, const Batch *b, int student, int 
     p->rows = p->sequence_rows = 0;
     for (int g = 0; g < 2; g++) {
         int grid = counts[g] ? sizes[g] / (int)c->model_patch : 0;
-        p->groups[g] = {counts[g], counts[g] ? sizes[g] : 0, grid, grid * grid, 1 + (int)c->model_registers + grid * grid, p->rows, patch_row};
+        p->groups[g] = {counts[g], counts[g] ? sizes[g] : 0, grid, grid * grid, 1 + (int)c->model_registers + grid * grid,
+                        p->rows, patch_row};
         p->rows += counts[g] * p->groups[g].tokens;
         patch_row += counts[g] * p->groups[g].patches;
         p->kept[g] = student && b->drop[g][0] ? b->kept[g] : counts[g];
@@ -402,7 +408,8 @@ static void pack_branch(Slot *s, const Pass *p, Branch *branch, const int *const
         queries = put(s, p->rows, &queries_at);
         query_row = put(s, p->sequence_rows, &query_row_at);
     }
-    *branch = {0, 0, {map_at, {1, 1}, p->groups[1].row}, {attention && used ? queries_at : map_at, {1, 1}, p->groups[1].row}, query_row_at};
+    *branch = {0, 0, {map_at, {1, 1}, p->groups[1].row}, {attention && used ? queries_at : map_at, {1, 1}, p->groups[1].row},
+               query_row_at};
     for (int r = 0; map && r < p->rows; r++) map[r] = -1;
     for (int r = 0; queries && r < p->rows; r++) queries[r] = -1;
     for (int g = 0; g < 2; g++) {
@@ -650,7 +657,7 @@ static void embed(Model *m, const Slot *s, const Pass *p, const float *master, c
 }
 
 // to[i] = from[row[i]], D elements each
-__global__ void gather_rows_kernel(floatX *to, const floatX *from, const int *row, int D) {
+static __global__ void gather_rows_kernel(floatX *to, const floatX *from, const int *row, int D) {
     for (int d = 4 * threadIdx.x; d < D; d += 4 * blockDim.x)
         store4(to + (size_t)blockIdx.x * D + d, load4(from + (size_t)row[blockIdx.x] * D + d));
 }
@@ -663,7 +670,8 @@ static Qkv qkv_of(floatX *qkv, const Branch *b, size_t D) {
     return {qkv + b->rows * 2 * D, qkv, qkv + D, (int)D, (int)(2 * D)};
 }
 
-static const Sequence *sequences_of(const Pass *p, const Branch *b) { return b->queries == b->rows ? p->sequences : p->last_sequences; }
+static const Sequence *sequences_of(const Pass *p,
+                                    const Branch *b) { return b->queries == b->rows ? p->sequences : p->last_sequences; }
 
 // A block: x holds its input but for the residual `f` of the branch `before` (NULL: none). Leaves the residual of its
 // feed-forward in m->f.
@@ -674,7 +682,8 @@ static void block_forward(Model *m, const Pass *p, int l, const Effective *w, co
     const Matrix *qkv = block_matrix(m, l, QKV), *proj = qkv + PROJECTION, *in = qkv + FFN_IN, *out = qkv + FFN_OUT;
     MatmulState *mm = &m->matmul;
     cudaStream_t stream = m->stream;
-    residual_norm_forward(m->x, before ? m->f : NULL, before ? before->residual : Rows{}, a->hat1, a->rstd1, attention->norm, p->rows, D,
+    residual_norm_forward(m->x, before ? m->f : NULL, before ? before->residual : Rows{}, a->hat1, a->rstd1, attention->norm,
+                          p->rows, D,
                           stream);
     if (a->x) CUDA_CHECK(cudaMemcpyAsync(a->x, m->x, (size_t)p->rows * D * sizeof(float), cudaMemcpyDeviceToDevice, stream));
     const floatX *qkv_w = weight_of(w, qkv), *qkv_b = bias_of(w, qkv);
@@ -710,20 +719,25 @@ static void block_backward(Model *m, const Pass *p, int l, const BlockActs *a, c
     cudaStream_t stream = m->stream;
     float *g = m->grad;
     if (c->run_recompute == RECOMPUTE_ACTIVATIONS) activation_forward(a->act, a->pre, ffn->rows, F, swiglu, stream);
-    linear_backward(mm, m->dact, g + out->weight, g + out->bias, m->df, a->act, weight_of(w, out), ffn->rows, F, D, m->scratch, stream);
-    activation_backward(a->pre, m->dact, ffn->rows, F, swiglu, stream);
-    linear_backward(mm, m->dhat, g + in->weight, g + in->bias, a->pre, a->hat2, weight_of(w, in), ffn->rows, D, in->rows, m->scratch,
+    linear_backward(mm, m->dact, g + out->weight, g + out->bias, m->df, a->act, weight_of(w, out), ffn->rows, F, D, m->scratch,
                     stream);
-    residual_norm_backward(m->dx, m->dhat, a->hat2, a->rstd2, ffn->norm, NULL, Rows{}, m->df, attention->residual, p->rows, D, stream);
+    activation_backward(a->pre, m->dact, ffn->rows, F, swiglu, stream);
+    linear_backward(mm, m->dhat, g + in->weight, g + in->bias, a->pre, a->hat2, weight_of(w, in), ffn->rows, D, in->rows,
+                    m->scratch,
+                    stream);
+    residual_norm_backward(m->dx, m->dhat, a->hat2, a->rstd2, ffn->norm, NULL, Rows{}, m->df, attention->residual, p->rows, D,
+                           stream);
 
-    linear_backward(mm, m->dhat, g + proj->weight, g + proj->bias, m->df, a->attention, weight_of(w, proj), attention->queries, D, D,
+    linear_backward(mm, m->dhat, g + proj->weight, g + proj->bias, m->df, a->attention, weight_of(w, proj), attention->queries,
+                    D, D,
                     m->scratch, stream);
     const Sequence *sequences = sequences_of(p, attention);
     Qkv x = qkv_of(a->qkv, attention, D), d = qkv_of(m->dqkv, attention, D);
     for (int i = 0; i < 2; i++)
         if (p->kept[i])
             attention_backward(d.q, d.k, d.v, m->dhat, a->attention, D, a->lse, x.q, x.q_stride, x.k, x.v, x.kv_stride, m->delta,
-                               m->dq_sum, sequences + (i ? p->kept[0] : 0), p->kept[i], p->groups[i].tokens, p->groups[i].tokens, H, stream);
+                               m->dq_sum, sequences + (i ? p->kept[0] : 0), p->kept[i], p->groups[i].tokens,
+                               p->groups[i].tokens, H, stream);
     float *dw = g + qkv->weight, *db = g + qkv->bias;
     const floatX *qkv_w = weight_of(w, qkv);
     int split = attention->queries != attention->rows;
@@ -759,7 +773,8 @@ static void backbone_forward(Model *m, const Slot *s, int which) {
     int parts[4] = {0, separate ? classes : p->head_rows, p->head_rows, p->norm_rows};
     for (int i = 0; i < 3; i++) {           // the heads' rows also go to the heads
         size_t from = parts[i], count = parts[i + 1] - from;
-        final_norm_forward(m->norm_out[which] + from * D, i < 2 && m->train ? head[i].input[0] : NULL, m->norm_hat[which] + from * D,
+        final_norm_forward(m->norm_out[which] + from * D, i < 2 && m->train ? head[i].input[0] : NULL,
+                           m->norm_hat[which] + from * D,
                            m->norm_rstd[which] + from, m->x, p->norm_row + from, gamma, beta, (int)count,
                            i < 2 && m->train ? (int)count : 0, D, m->stream);
     }
@@ -789,7 +804,8 @@ static void backbone_backward(Model *m, const Slot *s) {
     float *dtable = m->grad + (param(m, m->student, "embeddings.position_embeddings") - m->student);
     for (int g = 0; g < 2; g++) {
         if (!p->groups[g].count) continue;
-        embed_backward(m->dtoken, m->dposition[g], m->dmask, m->dhat, m->dx, g ? NULL : s->mask, p->groups[g], R, D, g, m->stream);
+        embed_backward(m->dtoken, m->dposition[g], m->dmask, m->dhat, m->dx, g ? NULL : s->mask, p->groups[g], R, D, g,
+                       m->stream);
         position_backward(dtable, m->dposition[g], s->taps[g], (int)(c->model_pos_grid * c->model_pos_grid), D, g, m->stream);
     }
     float *dcls = m->grad + (param(m, m->student, "embeddings.cls_token") - m->student);
@@ -802,7 +818,8 @@ static void backbone_backward(Model *m, const Slot *s) {
     else CUDA_CHECK(cudaMemsetAsync(dmask, 0, D * sizeof(float), m->stream));
     const Matrix *patch = patch_matrix(m);
     int patches = p->groups[0].count * p->groups[0].patches + p->groups[1].count * p->groups[1].patches;
-    linear_backward(&m->matmul, NULL, m->grad + patch->weight, m->grad + patch->bias, m->dhat, m->patches, NULL, patches, patch->cols, D,
+    linear_backward(&m->matmul, NULL, m->grad + patch->weight, m->grad + patch->bias, m->dhat, m->patches, NULL, patches,
+                    patch->cols, D,
                     m->scratch, m->stream);
 }
 
@@ -833,7 +850,7 @@ static void head_forward(Model *m, HeadActs *a, const Effective *w, const HeadSh
 }
 
 // dx[i] += dhead[i]: the heads' gradient joins that of the losses on the final norm's rows.
-__global__ void add_rows_kernel(float *dx, const floatX *dhead, size_t n) {
+static __global__ void add_rows_kernel(float *dx, const floatX *dhead, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= n) return;
     float4 a = load4(dx + i), b = load4(dhead + i);
@@ -883,8 +900,10 @@ static void targets(Model *m, const Slot *s, HeadActs *t, const HeadShape *h, in
     if (m->c.teacher_centering == CENTERING_SINKHORN)
         sinkhorn(shift, t->row_lse + row, logits, rows, h->prototypes, h->ld, temp, m->scratch, m->stream);
     else
-        softmax_centering(shift, t->row_lse + row, m->center[ibot], logits, rows, h->prototypes, h->ld, temp, m->scratch, m->stream);
-    target_entropy(&m->results->entropy[ibot], logits, shift, t->row_lse + row, rows, h->prototypes, h->ld, temp, m->scratch, m->stream);
+        softmax_centering(shift, t->row_lse + row, m->center[ibot], logits, rows, h->prototypes, h->ld, temp, m->scratch,
+                          m->stream);
+    target_entropy(&m->results->entropy[ibot], logits, shift, t->row_lse + row, rows, h->prototypes, h->ld, temp, m->scratch,
+                   m->stream);
 }
 
 static void teacher_step(Model *m, const Slot *s) {
@@ -936,7 +955,8 @@ static void gram_step(Model *m, const Slot *s) {
     p.m = N, p.n = D, p.k = N, p.lda = N, p.ldb = p.ldc = D, p.batch = images;
     p.stride_a = (long long)N * N, p.stride_b = p.stride_c = (long long)N * D;
     matmul(&m->matmul, p, m->gram_unit[0], m->gram_similarity[1], m->gram_unit[1], 1, NULL, NULL, m->stream);
-    gram_backward(dx, (size_t)N * D, m->gram_unit[0], m->gram_unit[1], m->gram_inverse, (float)(c->gram_weight / entries), images, N, D,
+    gram_backward(dx, (size_t)N * D, m->gram_unit[0], m->gram_unit[1], m->gram_inverse, (float)(c->gram_weight / entries),
+                  images, N, D,
                   m->stream);
 }
 
@@ -944,7 +964,8 @@ static void gram_step(Model *m, const Slot *s) {
 static void loss_step(Model *m, const Slot *s) {
     const Config *c = &m->c;
     const Pass *p = &s->student;
-    int crops = p->groups[0].count, classes = crops + p->groups[1].count, B = crops / 2, V = p->groups[1].count / B, D = (int)c->model_dim;
+    int crops = p->groups[0].count, classes = crops + p->groups[1].count, B = crops / 2, V = p->groups[1].count / B,
+    D = (int)c->model_dim;
     HeadActs *dino = &m->heads[0][0], *teacher = &m->heads[1][0];
     PatchHead patch = patch_head(m, 0, classes), patch_teacher = patch_head(m, 1, crops);
     for (int i = 0; i <= c->ibot_separate_head; i++) {
@@ -957,7 +978,8 @@ static void loss_step(Model *m, const Slot *s) {
     const float *temp = &s->values->teacher_temp;
     float student_temp = (float)c->student_temp, gain = 4096 / (float)fmax(1, fmax(c->dino_weight, c->ibot_weight));
     float scale = 1 / (B * student_temp * gain);
-    dino_cross_entropy(dino->logits, m->row_loss[0], dino->logits, teacher->logits, teacher->shift, teacher->row_lse, B, V, h.prototypes,
+    dino_cross_entropy(dino->logits, m->row_loss[0], dino->logits, teacher->logits, teacher->shift, teacher->row_lse, B, V,
+                       h.prototypes,
                        h.ld, student_temp, temp, (float)(c->dino_weight / (2 * V + 2)) * gain, m->stream);
     sum_rows(&m->results->dino, m->row_loss[0], classes, 1.0f / ((2 * V + 2) * B), m->stream);
     h = patch.shape;
@@ -979,7 +1001,8 @@ static void loss_step(Model *m, const Slot *s) {
             sigreg_step(m, s, &m->results->sigreg[crop], (bottleneck ? m->dbottleneck : m->dnorm) + from,
                         (bottleneck ? dino->y : m->norm_out[0]) + from, B, (int)width);
         if (c->koleo_weight > 0)
-            koleo(&m->results->koleo[crop], m->dnorm + row, D, m->nearest, m->norm_out[0] + row, D, (float)c->koleo_weight, B, D, m->scratch,
+            koleo(&m->results->koleo[crop], m->dnorm + row, D, m->nearest, m->norm_out[0] + row, D, (float)c->koleo_weight, B,
+                  D, m->scratch,
                   m->stream);
     }
     if (c->gram_weight > 0) gram_step(m, s);
@@ -996,8 +1019,10 @@ static void loss_step(Model *m, const Slot *s) {
 static void update_step(Model *m, const Slot *s) {
     const Config *c = &m->c;
     unfold_gradients(m->grad, m->student, m->matrices, m->host_matrices, m->matrix_count, m->matrix_rows, m->scratch, m->stream);
-    gradient_norms(m->results->norm, m->clip, m->grad, m->table.group_start, GROUP_COUNT, c->optim_clip, m->norm_parts, m->stream);
-    Optimiser o = {m->student, m->teacher, m->exp_avg, m->exp_avg_sq, m->grad, m->clip, (float)c->optim_beta1, (float)c->optim_beta2,
+    gradient_norms(m->results->norm, m->clip, m->grad, m->table.group_start, GROUP_COUNT, c->optim_clip, m->norm_parts,
+                   m->stream);
+    Optimiser o = {m->student, m->teacher, m->exp_avg, m->exp_avg_sq, m->grad, m->clip, (float)c->optim_beta1,
+                   (float)c->optim_beta2,
                    (float)c->optim_eps};
     update_weights(o, s->values, m->student_weights, m->teacher_weights, m->matrices, m->matrix_count, m->matrix_rows, m->vectors,
                    m->vector_count, m->longest_vector, m->stream);
@@ -1061,6 +1086,49 @@ static void model_encode(Model *m, const Batch *b, float *tokens) {
     CUDA_CHECK(cudaMemcpyAsync(tokens, m->norm_out[1], (size_t)s->teacher.norm_rows * m->c.model_dim * sizeof(float),
                                cudaMemcpyDeviceToHost, m->stream));
     CUDA_CHECK(cudaStreamSynchronize(m->stream));
+}
+
+// Median of five timings, each of several calls: a large product of random numbers (zeros would flatter), a copy of much more
+// than the caches hold.
+static void model_peaks(Model *m, double *operations, double *bytes) {
+    cudaDeviceProp device;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    int n = device.multiProcessorCount >= 16 ? 8192 : 256, calls = device.multiProcessorCount >= 16 ? 8 : 1;
+    size_t size = (size_t)n * n * sizeof(floatX);
+    floatX *host = (floatX *)xmalloc(size, "the device's peaks"), *buffer;
+    Rng r = rng_at(1, RNG_TEST, 0, 0, 0);
+    for (size_t i = 0; i < (size_t)n * n; i++) host[i] = (floatX)(float)rng_uniform(&r);
+    CUDA_CHECK(cudaMalloc(&buffer, 3 * size));
+    for (int i = 0; i < 2; i++) CUDA_CHECK(cudaMemcpy(buffer + (size_t)i * n * n, host, size, cudaMemcpyHostToDevice));
+    free(host);
+    cudaEvent_t events[2];
+    for (int i = 0; i < 2; i++) CUDA_CHECK(cudaEventCreateWithFlags(&events[i], cudaEventDefault));
+    Matmul p = {};
+    p.m = p.n = p.k = p.lda = p.ldb = p.ldc = n;
+    for (int what = 0; what < 2; what++) {
+        float ms[6];
+        for (int repeat = 0; repeat < 6; repeat++) {        // the first warms up
+            CUDA_CHECK(cudaEventRecord(events[0], m->stream));
+            for (int i = 0; i < calls; i++) {
+                floatX *a = buffer, *b = a + (size_t)n * n, *c = b + (size_t)n * n;
+                if (what) CUDA_CHECK(cudaMemcpyAsync(c, a, size, cudaMemcpyDeviceToDevice, m->stream));
+                else matmul(&m->matmul, p, c, a, b, 1, NULL, NULL, m->stream);
+            }
+            CUDA_CHECK(cudaEventRecord(events[1], m->stream));
+            CUDA_CHECK(cudaEventSynchronize(events[1]));
+            CUDA_CHECK(cudaEventElapsedTime(&ms[repeat], events[0], events[1]));
+            for (int i = repeat; i > 1 && ms[i] < ms[i - 1]; i--) {
+                float t = ms[i];
+                ms[i] = ms[i - 1];
+                ms[i - 1] = t;
+            }
+        }
+        double seconds = ms[3] * 1e-3 / calls;
+        if (what) *bytes = 2.0 * size / seconds;
+        else *operations = 2.0 * n * n * n / seconds;
+    }
+    for (int i = 0; i < 2; i++) CUDA_CHECK(cudaEventDestroy(events[i]));
+    CUDA_CHECK(cudaFree(buffer));
 }
 
 // Each group's pixels as the patches see them, every channel.
@@ -1301,4 +1369,5 @@ const Backend cuda_backend_fp32 = {
 const Backend cuda_backend = {
     "cuda", 2,
 #endif
-    cuda_missing, model_create, model_destroy, model_write, model_read, model_begin, model_end, model_encode, model_pixels};
+    cuda_missing, model_create, model_destroy, model_write, model_read, model_begin, model_end, model_encode, model_peaks,
+    model_pixels};

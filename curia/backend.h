@@ -78,6 +78,9 @@ typedef struct {
     void (*end)(Model *m, StepResult *result);
     // Final-norm tokens [globals, 1+R+N, D] of the teacher for a batch's global views, unmasked.
     void (*encode)(Model *m, const Batch *b, float *tokens);
+    // What the device reaches at best, measured in a second or two: operations per second of a large product, bytes per second of
+    // a copy, read and written. NULL where nothing is held against it.
+    void (*peaks)(Model *m, double *operations, double *bytes);
     // Normalised pixels of every view: [globals,C,G,G] and [locals,C,l,l].
     void (*pixels)(Model *m, const Batch *b, float *global_pixels, float *local_pixels);
 } Backend;

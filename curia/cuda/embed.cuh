@@ -20,7 +20,7 @@ typedef struct { int count, size, grid, patches, tokens, row, patch_row; } Token
 typedef struct { int in, out, taps; const int *first; const float *weight; } Taps;
 
 // out[1 + out^2, D] of table[1 + in^2, D].
-__global__ void position_kernel(float *out, const float *table, Taps t, int D) {
+static __global__ void position_kernel(float *out, const float *table, Taps t, int D) {
     int d = blockIdx.x * blockDim.x + threadIdx.x, cell = blockIdx.y;
     if (d >= D) return;
     float sum = 0;
@@ -44,7 +44,7 @@ static inline void position_forward(float *out, const float *table, Taps t, int 
 }
 
 // dtable[1 + in^2, D] (+)= the transpose of dout[1 + out^2, D].
-__global__ void position_backward_kernel(float *dtable, const float *dout, Taps t, int D, int add) {
+static __global__ void position_backward_kernel(float *dtable, const float *dout, Taps t, int D, int add) {
     int d = blockIdx.x * blockDim.x + threadIdx.x, cell = blockIdx.y;
     if (d >= D) return;
     float sum = 0;
@@ -65,13 +65,14 @@ __global__ void position_backward_kernel(float *dtable, const float *dout, Taps 
     *to = sum + (add ? *to : 0);
 }
 
-static inline void position_backward(float *dtable, const float *dout, Taps t, int table_patches, int D, int add, cudaStream_t stream) {
+static inline void position_backward(float *dtable, const float *dout, Taps t, int table_patches, int D, int add,
+                                     cudaStream_t stream) {
     position_backward_kernel<<<dim3(divide_up(D, 128), 1 + table_patches), 128, 0, stream>>>(dtable, dout, t, D, add);
     launched("position_backward_kernel");
 }
 
 // One block a packed row. e[patches of all groups, D] holds W patch + bias; position [1+N,D]; mask [count,N] or NULL.
-__global__ void embed_kernel(float *x, const floatX *e, const float *position, const float *cls, const float *mask_token,
+static __global__ void embed_kernel(float *x, const floatX *e, const float *position, const float *cls, const float *mask_token,
                              const float *registers, const uint8_t *mask, Tokens g, int R, int D) {
     int n = blockIdx.x / g.tokens, t = blockIdx.x % g.tokens, patch = t - 1 - R;
     float *to = x + (size_t)(g.row + blockIdx.x) * D;
@@ -93,7 +94,8 @@ static inline void embed_forward(float *x, const floatX *e, const float *positio
 
 // One thread a column of one token place, over all sequences. dtoken[tokens, D] (+)= sums of dx for class token and registers,
 // dposition[1+N,D] = sums for class token and patches, dmask[N,D] = sums over masked patches; de = dx, 0 where masked.
-__global__ void embed_backward_kernel(float *dtoken, float *dposition, float *dmask, floatX *de, const float *dx, const uint8_t *mask,
+static __global__ void embed_backward_kernel(float *dtoken, float *dposition, float *dmask, floatX *de, const float *dx,
+                                             const uint8_t *mask,
                                       Tokens g, int R, int D, int add) {
     int d = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y, patch = t - 1 - R;
     if (d >= D) return;
@@ -116,7 +118,8 @@ __global__ void embed_backward_kernel(float *dtoken, float *dposition, float *dm
 // dtoken: [1+R, D], class token first. dmask may be NULL where mask is.
 static inline void embed_backward(float *dtoken, float *dposition, float *dmask, floatX *de, const float *dx, const uint8_t *mask,
                                   Tokens g, int R, int D, int add, cudaStream_t stream) {
-    embed_backward_kernel<<<dim3(divide_up(D, 128), g.tokens), 128, 0, stream>>>(dtoken, dposition, dmask, de, dx, mask, g, R, D, add);
+    embed_backward_kernel<<<dim3(divide_up(D, 128), g.tokens), 128, 0, stream>>>(dtoken, dposition, dmask, de, dx, mask, g, R,
+                                                                                 D, add);
     launched("embed_backward_kernel");
 }
 

@@ -53,7 +53,7 @@ static inline void matmul_check(cublasStatus_t status, const Matmul *p, const ch
 
 // out[cols] = sums over rows of x[rows,cols] (* y[rows,cols]): chunks of rows first, then the chunks.
 template <class T, class U>
-__global__ void column_sums_kernel(float *part, const T *x, const U *y, int rows, int cols, int chunk) {
+static __global__ void column_sums_kernel(float *part, const T *x, const U *y, int rows, int cols, int chunk) {
     int col = blockIdx.x * blockDim.x + threadIdx.x;
     if (col >= cols) return;
     int from = blockIdx.y * chunk, to = min(from + chunk, rows);
@@ -120,7 +120,8 @@ static inline MatmulDescription matmul_describe(const Matmul *p, int fused, cons
         int32_t batch = p->batch;
         for (int i = 0; i < 3; i++) {
             cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch);
-            cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i], sizeof strides[i]);
+            cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i],
+                                             sizeof strides[i]);
         }
     }
     return d;
@@ -156,7 +157,8 @@ static inline const MatmulChoice *matmul_choose(MatmulState *s, const Matmul *p,
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
         for (int i = 0; i < 4; i++) cublasLtMatmulPreferenceSetAttribute(preference, aligned[i], &alignment, sizeof alignment);
-        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(s->handle, d.product, d.a, d.b, d.c, d.c, preference, 1, &result, &found);
+        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(s->handle, d.product, d.a, d.b, d.c, d.c, preference, 1, &result,
+                                                               &found);
         cublasLtMatmulPreferenceDestroy(preference);
         matmul_forget(&d);
         if (status == CUBLAS_STATUS_SUCCESS && found) {
@@ -171,7 +173,7 @@ static inline const MatmulChoice *matmul_choose(MatmulState *s, const Matmul *p,
 
 // C[r,:] += bias: where the library cannot.
 template <class T>
-__global__ void add_bias_kernel(T *c, const floatX *bias, int rows, int cols, int ldc) {
+static __global__ void add_bias_kernel(T *c, const floatX *bias, int rows, int cols, int ldc) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)rows * cols) return;
     size_t at = i / cols * ldc + i % cols;
@@ -181,7 +183,8 @@ __global__ void add_bias_kernel(T *c, const floatX *bias, int rows, int cols, in
 // bias: floatX[n] to add, or float[m] that takes the gradient, or NULL, as the epilogue says. scratch: COLUMN_CHUNKS * m floats,
 // for a bias gradient. An empty product writes nothing but, with k = 0, zeros.
 template <class In, class Out>
-static inline void matmul(MatmulState *s, Matmul p, Out *c, const In *a, const In *b, float alpha, const void *bias, float *scratch,
+static inline void matmul(MatmulState *s, Matmul p, Out *c, const In *a, const In *b, float alpha, const void *bias,
+                          float *scratch,
                           cudaStream_t stream) {
     p.type_in = cuda_type(In());
     p.type_out = cuda_type(Out());
@@ -198,7 +201,8 @@ static inline void matmul(MatmulState *s, Matmul p, Out *c, const In *a, const I
     MatmulDescription d = matmul_describe(&p, choice->fused, bias);
     float beta = 0;
     cuda_kernel = "cublasLtMatmul";
-    matmul_check(cublasLtMatmul(s->handle, d.product, &alpha, b, d.a, a, d.b, &beta, c, d.c, c, d.c, &choice->algorithm, s->workspace,
+    matmul_check(cublasLtMatmul(s->handle, d.product, &alpha, b, d.a, a, d.b, &beta, c, d.c, c, d.c, &choice->algorithm,
+                                s->workspace,
                                 MATMUL_WORKSPACE, stream), &p, "product");
     matmul_forget(&d);
     if (p.epilogue == MATMUL_PLAIN || choice->fused) return;

@@ -26,7 +26,8 @@ __device__ static inline float branch_alpha(const Rows &rows, int r) { return r 
 enum { NORM_WARPS = 4 };
 
 // x[r] += alpha f[from(r)]; hat[to(r)] = (x[r] - mean) rstd. f or hat may be NULL.
-__global__ void residual_norm_kernel(float *x, const floatX *f, Rows from, floatX *hat, float *rstd, Rows to, int rows, int D) {
+static __global__ void residual_norm_kernel(float *x, const floatX *f, Rows from, floatX *hat, float *rstd, Rows to, int rows,
+                                            int D) {
     extern __shared__ char shared[];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, r = blockIdx.x * NORM_WARPS + warp;
     if (r >= rows) return;
@@ -68,7 +69,7 @@ static inline void residual_norm_forward(float *x, const floatX *f, Rows from, f
 }
 
 // dx[r] += the norm's adjoint of dhat[to(r)] (+ dhat_more[more(r)]); df[from(r)] = alpha dx[r]. METHOD A.6 without scale.
-__global__ void residual_norm_backward_kernel(float *dx, const floatX *dhat, const floatX *hat, const float *rstd, Rows to,
+static __global__ void residual_norm_backward_kernel(float *dx, const floatX *dhat, const floatX *hat, const float *rstd, Rows to,
                                               const floatX *dhat_more, Rows more, floatX *df, Rows from, int rows, int D) {
     int lane = threadIdx.x % WARP, r = blockIdx.x * NORM_WARPS + threadIdx.x / WARP;
     if (r >= rows) return;
@@ -112,13 +113,14 @@ __global__ void residual_norm_backward_kernel(float *dx, const floatX *dhat, con
 static inline void residual_norm_backward(float *dx, const floatX *dhat, const floatX *hat, const float *rstd, Rows to,
                                           const floatX *dhat_more, Rows more, floatX *df, Rows from, int rows, int D,
                                           cudaStream_t stream) {
-    residual_norm_backward_kernel<<<divide_up(rows, NORM_WARPS), NORM_WARPS * WARP, 0, stream>>>(dx, dhat, hat, rstd, to, dhat_more,
+    residual_norm_backward_kernel<<<divide_up(rows, NORM_WARPS), NORM_WARPS * WARP, 0, stream>>>(dx, dhat, hat, rstd, to,
+                                                                                                 dhat_more,
                                                                                                 more, df, from, rows, D);
     launched("residual_norm_backward_kernel");
 }
 
 // For row row[i] of x: hat, rstd, y = hat gamma + beta, all fp32 as the losses are, and y again as floatX for the heads.
-__global__ void final_norm_kernel(float *y, floatX *y_head, float *hat, float *rstd, const float *x, const int *row,
+static __global__ void final_norm_kernel(float *y, floatX *y_head, float *hat, float *rstd, const float *x, const int *row,
                                   const float *gamma, const float *beta, int count, int heads, int D) {
     int lane = threadIdx.x % WARP, i = blockIdx.x * NORM_WARPS + threadIdx.x / WARP;
     if (i >= count) return;
@@ -147,7 +149,8 @@ static inline void final_norm_forward(float *y, floatX *y_head, float *hat, floa
 
 // dx[r], written for every packed row: the adjoint of the one or two rows of dy that it gave, index[0][r] and index[1][r]
 // (-1: none), else 0. df[from(r)] = alpha dx[r].
-__global__ void final_norm_backward_kernel(float *dx, const float *dy, const float *hat, const float *rstd, const int *index,
+static __global__ void final_norm_backward_kernel(float *dx, const float *dy, const float *hat, const float *rstd,
+                                                  const int *index,
                                            const float *gamma, floatX *df, Rows from, int rows, int D) {
     int lane = threadIdx.x % WARP, r = blockIdx.x * NORM_WARPS + threadIdx.x / WARP;
     if (r >= rows) return;
@@ -190,7 +193,7 @@ __device__ static inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
 // act[rows,F] of pre[rows,F], or of pre[rows,2F] = [gate | up] with swiglu. `width` elements a thread: a Pack, or one where F
 // is no multiple of it.
-__global__ void activation_kernel(floatX *act, const floatX *pre, size_t threads, int F, int swiglu, int width) {
+static __global__ void activation_kernel(floatX *act, const floatX *pre, size_t threads, int F, int swiglu, int width) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= threads) return;
     size_t at = i * width, row = at / F, from = swiglu ? row * 2 * F + at % F : at;
@@ -213,7 +216,7 @@ __global__ void activation_kernel(floatX *act, const floatX *pre, size_t threads
 }
 
 // pre becomes its gradient.
-__global__ void activation_backward_kernel(floatX *pre, const floatX *dact, size_t threads, int F, int swiglu, int width) {
+static __global__ void activation_backward_kernel(floatX *pre, const floatX *dact, size_t threads, int F, int swiglu, int width) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= threads) return;
     size_t at = i * width, row = at / F, from = swiglu ? row * 2 * F + at % F : at;

@@ -75,19 +75,20 @@ __device__ static inline void fold_row(Effective *effective, const float *w, con
         ((floatX *)effective)[m.effective_bias + i] = from_float<floatX>(scale * (w[m.bias + i] + (m.shift < 0 ? 0 : dot)));
 }
 
-__global__ void fold_kernel(Effective *effective, const float *w, const Matrix *matrices, int count) {
+static __global__ void fold_kernel(Effective *effective, const float *w, const Matrix *matrices, int count) {
     Matrix m = matrices[find_matrix(matrices, count, blockIdx.x)];
     fold_row(effective, w, m, blockIdx.x - m.first_row);
 }
 
 // rows: of all matrices together.
-static inline void fold_weights(Effective *effective, const float *w, const Matrix *matrices, int count, int rows, cudaStream_t stream) {
+static inline void fold_weights(Effective *effective, const float *w, const Matrix *matrices, int count, int rows,
+                                cudaStream_t stream) {
     fold_kernel<<<rows, WEIGHT_BLOCK, 0, stream>>>(effective, w, matrices, count);
     launched("fold_kernel");
 }
 
 // Rows whose fold has an `out`: LayerScale or prototypes. One block a row; g holds G and h, and takes dW, db, dout.
-__global__ void unfold_rows_kernel(float *g, const float *w, const Matrix *matrices, int count) {
+static __global__ void unfold_rows_kernel(float *g, const float *w, const Matrix *matrices, int count) {
     Matrix m = matrices[find_matrix(matrices, count, blockIdx.x)];
     if (m.out < 0) return;
     int i = blockIdx.x - m.first_row;
@@ -114,7 +115,7 @@ __global__ void unfold_rows_kernel(float *g, const float *w, const Matrix *matri
 }
 
 // Matrices behind a norm: dW in place, and per chunk of rows the sums over rows for din and dshift.
-__global__ void unfold_columns_kernel(float *part, float *g, const float *w, Matrix m, int chunk) {
+static __global__ void unfold_columns_kernel(float *part, float *g, const float *w, Matrix m, int chunk) {
     int j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= m.cols) return;
     int from = blockIdx.y * chunk, to = min(from + chunk, m.rows);
@@ -151,7 +152,7 @@ static inline void unfold_gradients(float *g, const float *w, const Matrix *matr
 }
 
 // One block a chunk of one group: part[chunk] = sum of squares.
-__global__ void square_sums_kernel(double *part, const float *g, size_t size) {
+static __global__ void square_sums_kernel(double *part, const float *g, size_t size) {
     size_t from = (size_t)blockIdx.x * NORM_CHUNK, to = from + NORM_CHUNK < size ? from + NORM_CHUNK : size;
     float sum = 0;
     for (size_t i = from + threadIdx.x; i < to; i += blockDim.x) sum += g[i] * g[i];
@@ -159,7 +160,7 @@ __global__ void square_sums_kernel(double *part, const float *g, size_t size) {
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
 
-__global__ void clip_kernel(float *norm, float *clip, const double *part, int chunks, double most) {
+static __global__ void clip_kernel(float *norm, float *clip, const double *part, int chunks, double most) {
     double sum = 0;
     for (int i = 0; i < chunks; i++) sum += part[i];
     double n = sqrt(sum);
@@ -203,7 +204,7 @@ __device__ static inline void update_one(const Optimiser &o, const UpdateScale &
     o.teacher[i] = u.momentum * o.teacher[i] + (1 - u.momentum) * w;
 }
 
-__global__ void update_vectors_kernel(Optimiser o, const StepValues *s, const Vectors *vectors) {
+static __global__ void update_vectors_kernel(Optimiser o, const StepValues *s, const Vectors *vectors) {
     Vectors v = vectors[blockIdx.y];
     long long from = (long long)blockIdx.x * VECTOR_CHUNK, to = from + VECTOR_CHUNK < v.size ? from + VECTOR_CHUNK : v.size;
     if (from >= to) return;
@@ -212,7 +213,8 @@ __global__ void update_vectors_kernel(Optimiser o, const StepValues *s, const Ve
 }
 
 // A row of a matrix, and its effective row of student and teacher: what is folded in is a vector, already updated.
-__global__ void update_matrices_kernel(Optimiser o, const StepValues *s, Effective *student, Effective *teacher, const Matrix *matrices,
+static __global__ void update_matrices_kernel(Optimiser o, const StepValues *s, Effective *student, Effective *teacher,
+                                              const Matrix *matrices,
                                        int count) {
     Matrix m = matrices[find_matrix(matrices, count, blockIdx.x)];
     int i = blockIdx.x - m.first_row;
@@ -223,8 +225,10 @@ __global__ void update_matrices_kernel(Optimiser o, const StepValues *s, Effecti
 }
 
 // most: elements of the longest of the vectors.
-static inline void update_weights(Optimiser o, const StepValues *s, Effective *student, Effective *teacher, const Matrix *matrices,
-                                  int count, int rows, const Vectors *vectors, int vector_count, long long most, cudaStream_t stream) {
+static inline void update_weights(Optimiser o, const StepValues *s, Effective *student, Effective *teacher,
+                                  const Matrix *matrices,
+                                  int count, int rows, const Vectors *vectors, int vector_count, long long most,
+                                  cudaStream_t stream) {
     update_vectors_kernel<<<dim3(divide_up(most, VECTOR_CHUNK), vector_count), 256, 0, stream>>>(o, s, vectors);
     launched("update_vectors_kernel");
     update_matrices_kernel<<<rows, WEIGHT_BLOCK, 0, stream>>>(o, s, student, teacher, matrices, count);
