@@ -44,7 +44,7 @@ CUDA_LIBS := -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublasLt -lcudart_static -ld
 CUDA_OBJECT := $(BUILD)/cuda.o
 CUDA_OBJECTS := $(BUILD)/cuda.o $(BUILD)/cuda_fp32.o
 endif
-NVCC_FLAGS = -std=c++17 -O3 --threads 0 -Xcompiler -Wall,-Wextra $(if $(WERROR),-Werror all-warnings)
+NVCC_FLAGS = -std=c++17 -O3 --threads 0 -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas $(if $(WERROR),-Werror all-warnings)
 CUDA_HEADERS := $(wildcard curia/cuda/*.cuh)
 
 PROGRAMS := train_curia evaluate test_curia prep/prep

@@ -117,7 +117,7 @@ struct Model {
     float *position[2], *dposition[2], *dtoken, *dmask, *pixels, *x, *dx;
     floatX *patches, *f, *df, *dhat, *dhat_more, *query_hat, *dqkv, *dact, *act;
     BlockActs *blocks;
-    float *delta, *dq_sum;                                      // attention's backward
+    float *delta;                                               // attention's backward: [rows,H]
     float *norm_out[2], *norm_hat[2], *norm_rstd[2], *dnorm;    // student, teacher
     HeadActs heads[2][2];                                       // [student, teacher][DINO, iBOT]
     floatX *dhead[2];
@@ -318,7 +318,6 @@ static Memory carve(Model *m, Carver *a, const Pass *student, const Pass *teache
     TAKE(m->dqkv, everything * 3 * D);
     TAKE(m->dact, everything * F);
     TAKE(m->delta, kept * H);
-    TAKE(m->dq_sum, kept * D);
     TAKE(m->dnorm, (size_t)student->norm_rows * D);
     for (int g = 0; g < 2; g++) TAKE(m->dposition[g], (1 + (size_t)student->groups[g].patches) * D);
     TAKE(m->dtoken, (size_t)(1 + c->model_registers) * D);
@@ -736,7 +735,7 @@ static void block_backward(Model *m, const Pass *p, int l, const BlockActs *a, c
     for (int i = 0; i < 2; i++)
         if (p->kept[i])
             attention_backward(d.q, d.k, d.v, m->dhat, a->attention, D, a->lse, x.q, x.q_stride, x.k, x.v, x.kv_stride, m->delta,
-                               m->dq_sum, sequences + (i ? p->kept[0] : 0), p->kept[i], p->groups[i].tokens,
+                               sequences + (i ? p->kept[0] : 0), p->kept[i], p->groups[i].tokens,
                                p->groups[i].tokens, H, stream);
     float *dw = g + qkv->weight, *db = g + qkv->bias;
     const floatX *qkv_w = weight_of(w, qkv);
@@ -1153,7 +1152,7 @@ static void model_pixels(Model *m, const Batch *b, float *global_pixels, float *
 // Why the backend cannot run here, or not this model; NULL: it can. GPUs from compute capability 8.0 on have bf16 products and
 // cp.async.
 static const char *cuda_missing(const Config *c) {
-    static char reason[256];
+    static char reason[512];
     if (c->model_dim != 64 * c->model_heads) {
         snprintf(reason, sizeof reason, "model.dim=%lld, model.heads=%lld: the CUDA backend takes heads of 64", c->model_dim,
                  c->model_heads);

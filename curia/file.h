@@ -104,7 +104,7 @@ static inline void file_remove_tree(const char *path) {
     if (remove(path) == 0 || errno == ENOENT) return;
     DIR *dir = errno == ENOTEMPTY || errno == EEXIST ? opendir(path) : NULL;
     if (!dir) fail(STATUS_FAILED, "%s: cannot remove it: %s", path, strerror(errno));
-    for (struct dirent *entry; (entry = readdir(dir));) {
+    for (struct dirent *entry; (entry = readdir(dir)) != NULL;) {
         if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
         size_t n = strlen(path) + strlen(entry->d_name) + 2;
         char *inside = (char *)xmalloc(n, "a path");

@@ -89,7 +89,8 @@ static inline void tensors_add_head(TensorTable *t, int group, const char *head,
 // query, key and value stand one after the other, so that the three weights are also one [3D,D] matrix and the three
 // biases one [3D] vector. The backbone comes first and keeps its offsets whatever heads follow; with_heads 0 leaves them out.
 static inline TensorTable tensors_build(const Config *c, int with_heads) {
-    TensorTable t = {0};
+    TensorTable t;
+    memset(&t, 0, sizeof t);
     long long D = c->model_dim, L = c->model_depth, C = c->model_channels, p = c->model_patch, F = c->model_ffn_hidden;
     long long M = c->model_pos_grid;
     double embed = pow(c->optim_layer_decay, (double)L + 1), bound = 1 / sqrt((double)(C * p * p)), std = c->model_init_std;

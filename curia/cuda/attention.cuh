@@ -56,6 +56,7 @@ __device__ static inline void to_operand(Pair a[4], const float c[2][4]) {
 
 // c[16,16] += a[16,64] tile[row.., 64]'
 __device__ static inline void multiply_rows(float c[2][4], const Pair a[STEPS][4], floatX *tile, int row) {
+    #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         Pair b[4];
         load_b(b, tile, row, 16 * i);
@@ -66,6 +67,7 @@ __device__ static inline void multiply_rows(float c[2][4], const Pair a[STEPS][4
 
 // c[16,64] += a[16,16] tile[row.., 64]
 __device__ static inline void multiply_columns(float c[HEAD / 8][4], const Pair a[4], floatX *tile, int row) {
+    #pragma unroll
     for (int i = 0; i < HEAD / 16; i++) {
         Pair b[4];
         load_b_trans(b, tile, row, 16 * i);
@@ -117,7 +119,7 @@ __device__ static inline float row_max(float x) {
 }
 
 // Block (sequence, head, tile of queries), the last fastest. 4 T^2 64 operations a head; reads q once, k and v once a block.
-__global__ void __launch_bounds__(QUERY_WARPS * WARP, BLOCKS_PER_SM)
+static __global__ void __launch_bounds__(QUERY_WARPS * WARP, BLOCKS_PER_SM)
 attention_forward_kernel(floatX *out, int out_stride, float *lse, const floatX *q, int q_stride, const floatX *k, const floatX *v,
                          int kv_stride, const Sequence *sequences, int tiles, int H) {
     extern __shared__ char shared[];
@@ -145,6 +147,7 @@ attention_forward_kernel(floatX *out, int out_stride, float *lse, const floatX *
         int keys = s.kv_count - from;
         if (mine > 0) {
             float p[2 * SLICES][4] = {}, shrink[2];
+            #pragma unroll
             for (int i = 0; i < SLICES; i++)
                 if (i * GROUP < keys) multiply_rows(p + 2 * i, a, k_tile, i * GROUP);
             if (keys < TILE)
@@ -166,6 +169,7 @@ attention_forward_kernel(floatX *out, int out_stride, float *lse, const floatX *
                 }
             for (int i = 0; i < HEAD / 8; i++)
                 for (int j = 0; j < 4; j++) o[i][j] *= shrink[j / 2];
+            #pragma unroll
             for (int i = 0; i < SLICES; i++)
                 if (i * GROUP < keys) {
                     Pair operand[4];
@@ -187,7 +191,7 @@ attention_forward_kernel(floatX *out, int out_stride, float *lse, const floatX *
 }
 
 // Blocks as in the forward. Also leaves delta_i = dout_i . out_i to the kernel below. 6 T^2 64 operations a head.
-__global__ void __launch_bounds__(QUERY_WARPS * WARP, BLOCKS_PER_SM)
+static __global__ void __launch_bounds__(QUERY_WARPS * WARP, BLOCKS_PER_SM)
 attention_dq_kernel(floatX *dq, float *delta, const floatX *dout, const floatX *out, int out_stride, const float *lse, const floatX *q,
                     int q_stride, const floatX *k, const floatX *v, int kv_stride, const Sequence *sequences, int tiles, int H) {
     extern __shared__ char shared[];
@@ -256,7 +260,7 @@ attention_dq_kernel(floatX *dq, float *delta, const floatX *dout, const floatX *
 }
 
 // Block (sequence, head, tile of keys). Scores here are [key, query]. 8 T^2 64 operations a head.
-__global__ void __launch_bounds__(KEY_WARPS * WARP, BLOCKS_PER_SM)
+static __global__ void __launch_bounds__(KEY_WARPS * WARP, BLOCKS_PER_SM)
 attention_dkdv_kernel(floatX *dk, floatX *dv, const floatX *dout, int out_stride, const float *lse, const float *delta, const floatX *q,
                       int q_stride, const floatX *k, const floatX *v, int kv_stride, const Sequence *sequences, int tiles, int H) {
     extern __shared__ char shared[];

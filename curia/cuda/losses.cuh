@@ -69,7 +69,7 @@ __device__ static inline void add_exponentials(float *most, float *sum, const fl
 
 // row_lse[r] = log sum_k exp(l/temp + shift_k). A block takes ROWS_AT_ONCE rows, which share the shifts: those are 4 bytes an
 // element, from L2, beside 2 from memory.
-__global__ void __launch_bounds__(LSE_BLOCK) row_lse_kernel(float *row_lse, const logitX *logits, const float *shift, int rows,
+static __global__ void __launch_bounds__(LSE_BLOCK) row_lse_kernel(float *row_lse, const logitX *logits, const float *shift, int rows,
                                                             int K, int ld, const float *temp) {
     int first = blockIdx.x * ROWS_AT_ONCE;
     float inverse = 1 / *temp, most[ROWS_AT_ONCE], sum[ROWS_AT_ONCE];
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(LSE_BLOCK) row_lse_kernel(float *row_lse, cons
 }
 
 // Over a chunk of rows, for every column: the maximum of l/temp and the sum of exp(l/temp - maximum).
-__global__ void __launch_bounds__(COLUMN_BLOCK) column_lse_kernel(float *part_most, float *part_sum, const logitX *logits,
+static __global__ void __launch_bounds__(COLUMN_BLOCK) column_lse_kernel(float *part_most, float *part_sum, const logitX *logits,
                                                                   int rows, int ld, int chunk, const float *temp) {
     int k = (blockIdx.x * blockDim.x + threadIdx.x) * LOGITS, from = blockIdx.y * chunk, to = min(from + chunk, rows);
     if (k >= ld) return;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(COLUMN_BLOCK) column_lse_kernel(float *part_mo
 }
 
 // shift[k] = -log sum over all rows of exp(l/temp)
-__global__ void column_lse_finish_kernel(float *shift, const float *part_most, const float *part_sum, int chunks, int K, int ld) {
+static __global__ void column_lse_finish_kernel(float *shift, const float *part_most, const float *part_sum, int chunks, int K, int ld) {
     int k = blockIdx.x * blockDim.x + threadIdx.x;
     if (k >= K) return;
     float most = -INFINITY, sum = 0;
@@ -125,7 +125,7 @@ __global__ void column_lse_finish_kernel(float *shift, const float *part_most, c
 }
 
 // Over a chunk of rows, for every column: the sum of its targets exp(l/temp + shift_k - row_lse), or of l where row_lse is NULL.
-__global__ void __launch_bounds__(COLUMN_BLOCK) column_sum_kernel(float *part, const logitX *logits, const float *shift,
+static __global__ void __launch_bounds__(COLUMN_BLOCK) column_sum_kernel(float *part, const logitX *logits, const float *shift,
                                                                   const float *row_lse, int rows, int K, int ld, int chunk,
                                                                   const float *temp) {
     int k = (blockIdx.x * blockDim.x + threadIdx.x) * LOGITS, from = blockIdx.y * chunk, to = min(from + chunk, rows);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(COLUMN_BLOCK) column_sum_kernel(float *part, c
 enum { FINISH_SHIFT, FINISH_ENTROPY, FINISH_CENTER };
 
 // The column sums' use: shift_k -= log sum; out_k = -mean log mean; or center_k <- 0.9 center_k + 0.1 mean.
-__global__ void column_sum_finish_kernel(float *out, const float *part, int chunks, int rows, int K, int ld, int use) {
+static __global__ void column_sum_finish_kernel(float *out, const float *part, int chunks, int rows, int K, int ld, int use) {
     int k = blockIdx.x * blockDim.x + threadIdx.x;
     if (k >= K) return;
     float sum = 0;
@@ -167,13 +167,13 @@ __global__ void column_sum_finish_kernel(float *out, const float *part, int chun
     if (use == FINISH_CENTER) out[k] = 0.9f * out[k] + 0.1f * mean;
 }
 
-__global__ void center_shift_kernel(float *shift, const float *center, int K, const float *temp) {
+static __global__ void center_shift_kernel(float *shift, const float *center, int K, const float *temp) {
     int k = blockIdx.x * blockDim.x + threadIdx.x;
     if (k < K) shift[k] = -center[k] / *temp;
 }
 
 // out = scale * sum of x[n]; one block.
-__global__ void sum_rows_kernel(float *out, const float *x, int n, float scale) {
+static __global__ void sum_rows_kernel(float *out, const float *x, int n, float scale) {
     float sum = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) sum += x[i];
     sum = block_sum(sum);
@@ -289,7 +289,7 @@ __device__ static inline void cross_entropy_row(logitX *d, float *loss, const lo
     }
 }
 
-__global__ void __launch_bounds__(ENTROPY_BLOCK) dino_kernel(logitX *dlogits, float *row_loss, const logitX *student,
+static __global__ void __launch_bounds__(ENTROPY_BLOCK) dino_kernel(logitX *dlogits, float *row_loss, const logitX *student,
                                                              const logitX *teacher, const float *shift, const float *row_lse,
                                                              int B, int K, int ld, float student_temp,
                                                              const float *teacher_temp, float gain) {
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(ENTROPY_BLOCK) dino_kernel(logitX *dlogits, fl
                       student_temp, *teacher_temp);
 }
 
-__global__ void __launch_bounds__(ENTROPY_BLOCK) ibot_kernel(logitX *dlogits, float *row_loss, const logitX *student,
+static __global__ void __launch_bounds__(ENTROPY_BLOCK) ibot_kernel(logitX *dlogits, float *row_loss, const logitX *student,
                                                              const logitX *teacher, const float *shift, const float *row_lse,
                                                              const float *row_weight, float relative, int K, int ld,
                                                              float student_temp, const float *teacher_temp, float gain) {
@@ -336,7 +336,7 @@ static inline void ibot_cross_entropy(logitX *dlogits, float *row_loss, const lo
 // KoLeo (METHOD C.4)
 
 // A warp a row: unit = x / max(|x|, 1e-8). The norm in double, as on the CPU: between near duplicates every bit of unit counts.
-__global__ void koleo_unit_kernel(float *unit, float *inverse, const float *x, size_t stride, int B, int D) {
+static __global__ void koleo_unit_kernel(float *unit, float *inverse, const float *x, size_t stride, int B, int D) {
     int r = blockIdx.x * ROW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= B) return;
     double square = 0;
@@ -348,7 +348,7 @@ __global__ void koleo_unit_kernel(float *unit, float *inverse, const float *x, s
 }
 
 // A block a row: its nearest other row (the first of equals), their distance, and its term of the loss.
-__global__ void koleo_nearest_kernel(int *nearest, float *distance, float *terms, const float *unit, int B, int D) {
+static __global__ void koleo_nearest_kernel(int *nearest, float *distance, float *terms, const float *unit, int B, int D) {
     __shared__ float dots[ROW_WARPS];
     __shared__ int rows[ROW_WARPS];
     int r = blockIdx.x, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, closest = B;
@@ -374,7 +374,7 @@ __global__ void koleo_nearest_kernel(int *nearest, float *distance, float *terms
 }
 
 // A block a row: gathers what the row's own distance pulls and what those pull whose nearest it is, then the adjoint of the norm.
-__global__ void koleo_backward_kernel(float *dx, size_t dx_stride, float *dunit, const float *unit, const float *inverse,
+static __global__ void koleo_backward_kernel(float *dx, size_t dx_stride, float *dunit, const float *unit, const float *inverse,
                                       const int *nearest, const float *distance, float weight, int B, int D) {
     int r = blockIdx.x;
     const float *a = unit + (size_t)r * D;
@@ -451,7 +451,7 @@ __device__ static inline void turn(float *cosine, float *sine, double phase) {
 // A block takes 32 directions, a lane each, all samples of s[n, M], and SIGREG_RUN knots at a time: one sincos, then rotations by
 // `step`, few enough that their error stays at 1e-6. First the means over samples, C - phi and S, then the slope
 // scale sum_j w t (S cos - (C - phi) sin). statistic[M].
-__global__ void __launch_bounds__(SIGREG_BLOCK) sigreg_kernel(float *statistic, float *slope, const float *s, int n, int M,
+static __global__ void __launch_bounds__(SIGREG_BLOCK) sigreg_kernel(float *statistic, float *slope, const float *s, int n, int M,
                                                               SigregGrid grid, float scale) {
     __shared__ float part[2 * SIGREG_RUN][2 * SIGREG_RUN][WARP];    // [warp][cosines, then sines][direction]
     __shared__ float pull[2 * SIGREG_RUN][WARP];
@@ -523,7 +523,7 @@ static inline void sigreg(float *loss, float *slope, const float *s, int n, int 
 
 enum { GRAM_BLOCKS = 1024, GRAM_BLOCK = 256 };
 
-__global__ void gram_normalize_kernel(float *unit, float *inverse, const float *x, size_t image_stride, int rows, int N, int D) {
+static __global__ void gram_normalize_kernel(float *unit, float *inverse, const float *x, size_t image_stride, int rows, int N, int D) {
     int r = blockIdx.x * ROW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= rows) return;
     const float *from = x + r / N * image_stride + (size_t)(r % N) * D;
@@ -534,7 +534,7 @@ __global__ void gram_normalize_kernel(float *unit, float *inverse, const float *
     if (lane == 0) inverse[r] = scale;
 }
 
-__global__ void __launch_bounds__(GRAM_BLOCK) gram_difference_kernel(float *part, float *similarity, const float *target,
+static __global__ void __launch_bounds__(GRAM_BLOCK) gram_difference_kernel(float *part, float *similarity, const float *target,
                                                                      size_t n) {
     float sum = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
@@ -546,7 +546,7 @@ __global__ void __launch_bounds__(GRAM_BLOCK) gram_difference_kernel(float *part
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
 
-__global__ void gram_backward_kernel(float *dx, size_t image_stride, const float *dunit, const float *unit, const float *inverse,
+static __global__ void gram_backward_kernel(float *dx, size_t image_stride, const float *dunit, const float *unit, const float *inverse,
                                      float scale, int rows, int N, int D) {
     int r = blockIdx.x * ROW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= rows) return;
@@ -594,7 +594,7 @@ static inline void gram_backward(float *dx, size_t image_stride, const float *du
 // Spread of the features
 
 // A thread a channel: centered[n, D] and variance[D], times n.
-__global__ void spread_center_kernel(float *centered, float *variance, const float *x, size_t stride, int n, int D) {
+static __global__ void spread_center_kernel(float *centered, float *variance, const float *x, size_t stride, int n, int D) {
     int d = blockIdx.x * blockDim.x + threadIdx.x;
     if (d >= D) return;
     double mean = 0, sum = 0;
@@ -609,7 +609,7 @@ __global__ void spread_center_kernel(float *centered, float *variance, const flo
 }
 
 // A block a row: the sum over all rows of the square of their dot product.
-__global__ void spread_square_kernel(float *square, const float *centered, int n, int D) {
+static __global__ void spread_square_kernel(float *square, const float *centered, int n, int D) {
     int r = blockIdx.x, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     float sum = 0;
     for (int j = warp; j < n; j += ROW_WARPS) {
@@ -622,7 +622,7 @@ __global__ void spread_square_kernel(float *square, const float *centered, int n
     if (threadIdx.x == 0) square[r] = sum;
 }
 
-__global__ void spread_finish_kernel(float *out, const float *variance, const float *square, int n, int D) {
+static __global__ void spread_finish_kernel(float *out, const float *variance, const float *square, int n, int D) {
     float deviation = 0, trace = 0, squares = 0;
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
         deviation += sqrtf(variance[i] / n);
@@ -656,7 +656,7 @@ static inline void feature_spread(float *out, const float *x, size_t stride, int
 // ---------------------------------------------------------------------------------------------------------------------
 // The head's L2 normalisation (METHOD B), a warp a row
 
-__global__ void unit_forward_kernel(logitX *unit, float *norm, const float *y, int rows, int b, int ld) {
+static __global__ void unit_forward_kernel(logitX *unit, float *norm, const float *y, int rows, int b, int ld) {
     int r = blockIdx.x * ROW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= rows) return;
     const float *from = y + (size_t)r * b;
@@ -667,7 +667,7 @@ __global__ void unit_forward_kernel(logitX *unit, float *norm, const float *y, i
     if (lane == 0) norm[r] = length;
 }
 
-__global__ void unit_backward_kernel(floatX *dy, const float *dz, const float *y, const float *norm, const float *dbottleneck,
+static __global__ void unit_backward_kernel(floatX *dy, const float *dz, const float *y, const float *norm, const float *dbottleneck,
                                      int crops, int rows, int b, int ld) {
     int r = blockIdx.x * ROW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= rows) return;

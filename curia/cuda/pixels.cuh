@@ -51,7 +51,7 @@ __device__ static inline double shifted_value(const DeviceSlice &s, int pixel, i
 }
 
 // A block a slice: 8 pixels a thread at a time where they lie on 16 bytes.
-__global__ void __launch_bounds__(PIXEL_BLOCK) slice_statistics_kernel(DeviceSlice *slices, int clip) {
+static __global__ void __launch_bounds__(PIXEL_BLOCK) slice_statistics_kernel(DeviceSlice *slices, int clip) {
     DeviceSlice s = slices[blockIdx.x];
     size_t n = (size_t)s.rows * s.cols, head = (16 - (size_t)s.pixels % 16) % 16 / 2;
     if (head > n) head = n;
@@ -139,7 +139,7 @@ __host__ __device__ static inline ViewScratch view_scratch(int size, int most_he
 
 // One block a view, as many views at a time as there are blocks. Between barriers a thread keeps to its own pixels
 // i = thread, thread + block, ..
-__global__ void __launch_bounds__(PIXEL_BLOCK) render_views_kernel(float *images, float *scratch, const DeviceSlice *slices,
+static __global__ void __launch_bounds__(PIXEL_BLOCK) render_views_kernel(float *images, float *scratch, const DeviceSlice *slices,
                                                                    const DeviceView *views, int count, int size, int clip,
                                                                    int normalize, ViewScratch plan) {
     float *image = scratch + blockIdx.x * plan.total, *col_weight = image + plan.image,
@@ -242,7 +242,7 @@ static inline void render_views(float *out, float *scratch, const DeviceSlice *s
 }
 
 // A block a patch.
-__global__ void gather_patches_kernel(floatX *patches, const float *pixels, int channels_in, int C, int size, int p) {
+static __global__ void gather_patches_kernel(floatX *patches, const float *pixels, int channels_in, int C, int size, int p) {
     int grid = size / p, image = blockIdx.x / (grid * grid), py = blockIdx.x / grid % grid, px = blockIdx.x % grid;
     for (int i = threadIdx.x; i < C * p * p; i += blockDim.x) {
         int channel = channels_in == 1 ? 0 : i / (p * p), y = i / p % p, x = i % p;

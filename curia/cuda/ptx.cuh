@@ -85,7 +85,7 @@ __device__ static inline void mma_f16(float c[4], const uint32_t a[4], const uin
 #endif
 }
 
-// The checker's build: the same lanes hold the same elements, as floats.
+// The checker's build: the same lanes hold the same elements, as floats. The emulator has a quicker mma, which a test compares.
 __device__ static inline const float *row_of_lane(const float *row, int lane) {
     return (const float *)__shfl_sync(0xffffffffu, (long long)row, lane);
 }
@@ -107,8 +107,9 @@ __device__ static inline float2 pair_of_lane(float2 pair, int lane) {
     memcpy(&pair, &bits, sizeof bits);
     return pair;
 }
-__device__ static inline void mma(float c[4], const float2 a[4], const float2 b[2]) {
+__device__ static inline void mma_by_shuffles(float c[4], const float2 a[4], const float2 b[2]) {
     int lane = threadIdx.x % WARP, row = lane / 4 * 4, column = lane % 4 * 8;
+    #pragma unroll
     for (int half = 0; half < 2; half++)
         for (int t = 0; t < 4; t++) {       // the lane of four that holds k = 8 half + 2t, 2t + 1
             float2 upper = pair_of_lane(a[2 * half], row + t), lower = pair_of_lane(a[2 * half + 1], row + t);
@@ -118,6 +119,13 @@ __device__ static inline void mma(float c[4], const float2 a[4], const float2 b[
             c[2] = fmaf(lower.y, even.y, fmaf(lower.x, even.x, c[2]));
             c[3] = fmaf(lower.y, odd.y, fmaf(lower.x, odd.x, c[3]));
         }
+}
+__device__ static inline void mma(float c[4], const float2 a[4], const float2 b[2]) {
+#ifdef CURIA_EMULATOR
+    emu_mma_m16n8k16_f32(c, a, b);
+#else
+    mma_by_shuffles(c, a, b);
+#endif
 }
 
 // Copies `bytes` (16 or 0) and fills up to 16 with zeros; there once its group has been waited for, for other threads after a

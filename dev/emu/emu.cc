@@ -117,7 +117,7 @@ struct Fiber {
 enum { STACK_BYTES = ASAN(4 *) 64 << 10 };
 
 static Fiber main_fiber, *switched_from;
-static std::vector<Fiber *> idle_fibers;
+static std::vector<Fiber *> &idle_fibers = *new std::vector<Fiber *>;
 static size_t fiber_count;
 
 static void arrived_on_stack(void *fake) {
@@ -475,7 +475,7 @@ void emu_ldmatrix_x4_trans(uint32_t r[4], const void *row) { ldmatrix<4, true>(r
 void emu_ldmatrix_x2(uint32_t r[2], const void *row) { ldmatrix<2, false>(r, row); }
 void emu_ldmatrix_x2_trans(uint32_t r[2], const void *row) { ldmatrix<2, true>(r, row); }
 
-struct Mma { float *c; const uint32_t *a, *b; };
+struct Mma { float *c; const void *a, *b; };
 
 // PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4, register i of a holds row g + 8 (i % 2), columns 2t + 8 (i / 2) and the
 // next; register i of b rows 2t + 8i and the next, column g; c[i] row g + 8 (i / 2), column 2t + i % 2.
@@ -486,11 +486,11 @@ template <class T> static void multiply(unsigned, void **args) {
         Mma *m = (Mma *)args[l];
         int g = l / 4, t = l % 4;
         for (int i = 0; i < 4; i++) {
-            memcpy((void *)pair, &m->a[i], 4);
+            memcpy((void *)pair, (const T *)m->a + 2 * i, sizeof pair);
             for (int j = 0; j < 2; j++) a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + j] = pair[j];
         }
         for (int i = 0; i < 2; i++) {
-            memcpy((void *)pair, &m->b[i], 4);
+            memcpy((void *)pair, (const T *)m->b + 2 * i, sizeof pair);
             for (int j = 0; j < 2; j++) b[2 * t + 8 * i + j][g] = pair[j];
         }
     }
@@ -507,6 +507,11 @@ void emu_mma_m16n8k16_bf16(float c[4], const uint32_t a[4], const uint32_t b[2])
 void emu_mma_m16n8k16_f16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
     Mma m = {c, a, b};
     emu::collective(~0u, "mma.m16n8k16.f16", &m, multiply<__half>);
+}
+
+void emu_mma_m16n8k16_f32(float c[4], const float2 a[4], const float2 b[2]) {
+    Mma m = {c, a, b};
+    emu::collective(~0u, "mma.m16n8k16 of floats", &m, multiply<float>);
 }
 
 void emu_cp_async_16(void *shared, const void *global, int source_bytes) {
@@ -533,7 +538,8 @@ void emu_cp_async_wait(int groups_allowed_pending) {
 static std::recursive_mutex api;
 #define LOCK std::lock_guard<std::recursive_mutex> lock(api)
 
-static std::map<char *, size_t> device_memory, pinned_memory;
+typedef std::map<char *, size_t> Allocations;
+static Allocations &device_memory = *new Allocations, &pinned_memory = *new Allocations;
 static size_t device_used;
 static int exposed;                         // depth of Expose
 
@@ -545,7 +551,7 @@ static size_t memory_limit() { return (size_t)setting("CURIA_EMU_MEMORY", 8ull <
 static int device_count() { return setting("CURIA_EMU_DEVICES", 1) ? 1 : 0; }
 
 // The allocation that holds p, or end().
-static std::map<char *, size_t>::iterator holder(std::map<char *, size_t> &memory, const void *p) {
+static Allocations::iterator holder(Allocations &memory, const void *p) {
     auto i = memory.upper_bound((char *)p);
     if (i == memory.begin()) return memory.end();
     --i;
@@ -710,8 +716,9 @@ struct CUevent_st {
     Clock clock;
 };
 
-static std::vector<Stream *> streams = {new Stream{true, false, 0, 0, {}, NULL}};       // the first is the default stream
-static std::vector<cudaEvent_t> events;
+// References, so that they outlive everything. The first stream is the default stream.
+static std::vector<Stream *> &streams = *new std::vector<Stream *>{new Stream{true, false, 0, 0, {}, NULL}};
+static std::vector<cudaEvent_t> &events = *new std::vector<cudaEvent_t>;
 static int captures;
 
 static Stream *find_stream(cudaStream_t stream) {

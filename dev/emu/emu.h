@@ -21,7 +21,7 @@ Streams are queues that run at a synchronisation only (emu.cc). What a kernel do
   emu::collective, emu::barrier, emu::error         what intrinsics are made of
   __syncthreads, __syncwarp, __shfl_*sync, __ballot_sync, __any_sync, __all_sync, math and bit intrinsics
   emu_ldmatrix_x4, emu_ldmatrix_x4_trans, emu_ldmatrix_x2, emu_ldmatrix_x2_trans, emu_mma_m16n8k16_bf16, emu_mma_m16n8k16_f16,
-  emu_cp_async_16, emu_cp_async_commit, emu_cp_async_wait       for curia/cuda/ptx.cuh
+  emu_mma_m16n8k16_f32, emu_cp_async_16, emu_cp_async_commit, emu_cp_async_wait       for curia/cuda/ptx.cuh
 */
 #ifndef EMU_H
 #define EMU_H
@@ -124,6 +124,8 @@ void emu_ldmatrix_x2_trans(uint32_t r[2], const void *row);
 // c += a b, fragments as in the PTX manual, fp32 sums.
 void emu_mma_m16n8k16_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]);
 void emu_mma_m16n8k16_f16(float c[4], const uint32_t a[4], const uint32_t b[2]);
+// The same with floats for 16-bit numbers, which no GPU has: quick where the checker's build gathers fragments by shuffles.
+void emu_mma_m16n8k16_f32(float c[4], const float2 a[4], const float2 b[2]);
 // The copy lands at the wait that covers its group; until then its destination is NaN. Beyond source_bytes: zeros.
 void emu_cp_async_16(void *shared, const void *global, int source_bytes);
 void emu_cp_async_commit();
@@ -140,14 +142,14 @@ static inline float emu_rsqrtf(float x) { return 1 / sqrtf(x); }
 static inline double emu_rsqrt(double x) { return 1 / sqrt(x); }
 #define rsqrtf emu_rsqrtf               // newer C libraries declare their own
 #define rsqrt emu_rsqrt
-static inline float __expf(float x) { return expf(x); }
-static inline float __exp10f(float x) { return exp10f(x); }
-static inline float __logf(float x) { return logf(x); }
-static inline float __log2f(float x) { return log2f(x); }
-static inline float __sinf(float x) { return sinf(x); }
-static inline float __cosf(float x) { return cosf(x); }
-static inline void __sincosf(float x, float *s, float *c) { sincosf(x, s, c); }
-static inline float __powf(float x, float y) { return powf(x, y); }
+#define __expf expf                     // the C library has these names for itself
+#define __exp10f exp10f
+#define __logf logf
+#define __log2f log2f
+#define __sinf sinf
+#define __cosf cosf
+#define __sincosf sincosf
+#define __powf powf
 static inline float __fdividef(float x, float y) { return x / y; }
 static inline float __frcp_rn(float x) { return 1 / x; }
 static inline float __fsqrt_rn(float x) { return sqrtf(x); }
