@@ -104,7 +104,7 @@ EMU_FLAGS = -std=c++17 -O2 -g1 -fno-strict-aliasing -fPIC $(WARNINGS) -Wno-sign-
 	-DCURIA_EMULATOR -I$(EMU) -Idev/emu -I. -Icuria/cuda
 EMU_SOURCES := $(patsubst %,$(EMU)/%,train_curia.cu $(CUDA_HEADERS))
 EMU_RUNTIME := $(EMU)/emu.o $(EMU)/cublas.o
-emu: $(EMU)/backend.so
+emu: $(EMU)/backend.so $(EMU)/train_curia
 $(EMU)/convert: dev/emu/convert.cc $(BUILD)/flags
 	@mkdir -p $(EMU)/curia/cuda $(EMU)/dev/test $(EMU)/dev/emu
 	$(CXX) -std=c++17 -O1 $(WARNINGS) $< -o $@
@@ -118,6 +118,8 @@ $(EMU)/bf16.o $(EMU)/fp32.o: $(EMU_SOURCES) $(wildcard dev/emu/*.h) $(HEADERS)
 	$(CXX) $(EMU_FLAGS) $(if $(filter %fp32.o,$@),-DCURIA_FP32) -x c++ -c $(EMU)/train_curia.cu -o $@
 $(EMU)/backend.so: $(EMU)/bf16.o $(EMU)/fp32.o $(EMU_RUNTIME)
 	$(CXX) $(EMU_FLAGS) -shared $^ -o $@
+$(EMU)/train_curia: train_curia.c $(EMU)/bf16.o $(EMU_RUNTIME) $(HEADERS)
+	$(CC) $(ALL_CFLAGS) -DCURIA_CUDA $< $(EMU)/bf16.o $(EMU_RUNTIME) -o $@ $(LDLIBS) -lstdc++
 
 # What nvcc says of every kernel; fails where one spills.
 ptxas:
