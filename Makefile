@@ -96,7 +96,7 @@ $(BUILD)/test_%: dev/test/test_%.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
 $(BUILD)/fuzz_prep: dev/fuzz/fuzz_prep.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
-tests: all emu $(TESTS)
+tests: all emu $(EMU_TESTS) $(TESTS)
 
 # The CUDA backend as C++ on the CPU (dev/emu/emu.h), for ./test_curia --device emu.
 EMU := $(BUILD)/emu
@@ -104,6 +104,7 @@ EMU_FLAGS = -std=c++17 -O2 -g1 -fno-strict-aliasing -fPIC $(WARNINGS) -Wno-sign-
 	-DCURIA_EMULATOR -I$(EMU) -Idev/emu -I. -Icuria/cuda
 EMU_SOURCES := $(patsubst %,$(EMU)/%,train_curia.cu $(CUDA_HEADERS))
 EMU_RUNTIME := $(EMU)/emu.o $(EMU)/cublas.o
+EMU_TESTS := $(EMU)/test_emu $(foreach t,test_layers test_attention,$(EMU)/$(t)_bf16 $(EMU)/$(t)_fp32)
 emu: $(EMU)/backend.so $(EMU)/train_curia
 $(EMU)/convert: dev/emu/convert.cc $(BUILD)/flags
 	@mkdir -p $(EMU)/curia/cuda $(EMU)/dev/test $(EMU)/dev/emu
@@ -120,6 +121,12 @@ $(EMU)/backend.so: $(EMU)/bf16.o $(EMU)/fp32.o $(EMU_RUNTIME)
 	$(CXX) $(EMU_FLAGS) -shared $^ -o $@
 $(EMU)/train_curia: train_curia.c $(EMU)/bf16.o $(EMU_RUNTIME) $(HEADERS)
 	$(CC) $(ALL_CFLAGS) -DCURIA_CUDA $< $(EMU)/bf16.o $(EMU_RUNTIME) -o $@ $(LDLIBS) -lstdc++
+$(EMU)/test_emu: $(EMU)/dev/emu/test_emu.cu $(EMU_RUNTIME)
+	$(CXX) $(EMU_FLAGS) -x c++ $< -x none $(EMU_RUNTIME) -o $@
+$(EMU)/%_bf16: $(EMU)/dev/test/%.cu $(EMU_SOURCES) $(EMU_RUNTIME)
+	$(CXX) $(EMU_FLAGS) -x c++ $< -x none $(EMU_RUNTIME) -o $@
+$(EMU)/%_fp32: $(EMU)/dev/test/%.cu $(EMU_SOURCES) $(EMU_RUNTIME)
+	$(CXX) $(EMU_FLAGS) -DCURIA_FP32 -x c++ $< -x none $(EMU_RUNTIME) -o $@
 
 # What nvcc says of every kernel; fails where one spills.
 ptxas:

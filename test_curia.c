@@ -804,7 +804,11 @@ static Device device_open(const char *name, const char *program) {
     if (!strcmp(name, "emu")) {
         char path[PATH_SIZE];
         const char *slash = strrchr(program, '/');
-        snprintf(path, sizeof path, "%.*s/build/emu/backend.so", slash ? (int)(slash - program) : 1, slash ? program : ".");
+        for (int i = 0; i < 2; i++) {           // beside the program, or where the program itself stands in the build folder
+            snprintf(path, sizeof path, "%.*s/%semu/backend.so", slash ? (int)(slash - program) : 1, slash ? program : ".",
+                     i ? "" : "build/");
+            if (file_exists(path)) break;
+        }
         void *library = dlopen(path, RTLD_NOW);
         if (!library) fail(STATUS_USAGE, "--device emu: %s; build it with 'make emu'", dlerror());
         d.fp32 = dlsym(library, "cuda_backend_fp32");

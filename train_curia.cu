@@ -1163,9 +1163,11 @@ static const char *cuda_missing(const Config *c) {
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
     cudaError_t error = cudaGetDeviceCount(&devices);
-    if (error == cudaErrorInsufficientDriver || (error != cudaSuccess && driver && driver / 1000 < runtime / 1000)) {
-        snprintf(reason, sizeof reason, "the driver is for CUDA %d.%d, this program for %d.%d: update the driver", driver / 1000,
-                 driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    if (error == cudaErrorInsufficientDriver) {
+        if (driver)
+            snprintf(reason, sizeof reason, "the driver is for CUDA %d.%d, this program for %d.%d: update the driver", driver / 1000,
+                     driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+        else snprintf(reason, sizeof reason, "no GPU answers (there is no NVIDIA driver)");
         return reason;
     }
     if (error != cudaSuccess || !devices) {

@@ -30,12 +30,20 @@ suite() {
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
 }
 
-golden() { # PROGRAM: every golden file and folder there is
+golden() { # PROGRAM [OPTION...]: every golden file and folder there is
     local arguments=() file
     for file in "$shared"/golden/*.safetensors "$shared"/golden/hf_*; do
         [ -e "$file" ] && arguments+=(--golden "$file")
     done
-    "$1" "${arguments[@]}"
+    "$@" "${arguments[@]}"
+}
+
+# The CUDA backend on random shapes, under two schedules of its lanes, warps, blocks and streams: the same bits.
+emulated() {
+    ./test_curia --device emu --quick > "$work/forward" || { cat "$work/forward"; return 1; }
+    CURIA_EMU_ORDER=7 ./test_curia --device emu --quick > "$work/seeded"
+    cmp -s "$work/forward" "$work/seeded" || echo 'FAILED another schedule gives other bits'
+    cmp -s "$work/forward" "$work/seeded" && tail -1 "$work/forward"
 }
 
 have_shared=1
@@ -46,6 +54,14 @@ suite 'formats: JSON, safetensors, hashes, random numbers' build/test_formats
 suite 'shards: format, sampler, prefetch' build/test_data
 suite 'gradients by finite differences, invariances' ./test_curia
 [ $have_shared ] && suite 'golden files' golden ./test_curia
+suite 'the emulator itself' build/emu/test_emu
+for build in bf16 fp32; do
+    suite "CUDA layers, $build, emulated" build/emu/test_layers_$build
+    suite "CUDA attention, $build, emulated" build/emu/test_attention_$build
+done
+suite 'CUDA step against the CPU, emulated, two schedules' emulated
+[ $have_shared ] && suite 'CUDA step against golden files, emulated' golden ./test_curia --device emu
+suite 'CUDA runs, emulated' dev/test/test_emu.sh
 suite 'evaluate: probes, metrics, command line' build/test_evaluate ./evaluate
 suite 'prep on DICOM files made for it' build/test_dicom ./prep/prep
 suite 'command lines, checkpoints, bad input' dev/test/test_cli.sh "$shared"
@@ -62,6 +78,12 @@ if make --no-print-directory -s BUILD=$asan PREFIX=$asan/ CFLAGS='-O1 -g' SANITI
     suite 'sanitizers: shards' $asan/test_data
     suite 'sanitizers: invariances' $asan/test_curia --quick
     [ $have_shared ] && suite 'sanitizers: golden files' golden $asan/test_curia
+    suite 'sanitizers: the emulator itself' $asan/emu/test_emu
+    for build in bf16 fp32; do
+        suite "sanitizers: CUDA layers, $build, emulated" $asan/emu/test_layers_$build
+        suite "sanitizers: CUDA attention, $build, emulated" $asan/emu/test_attention_$build
+    done
+    [ $have_shared ] && suite 'sanitizers: CUDA step against golden files, emulated' golden $asan/test_curia --device emu
     suite 'sanitizers: evaluate' $asan/test_evaluate $asan/evaluate
     suite 'sanitizers: prep on DICOM files made for it' $asan/test_dicom $asan/prep/prep
     BIN=$asan suite 'sanitizers: command lines' dev/test/test_cli.sh "$shared" --quick

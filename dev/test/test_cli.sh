@@ -60,7 +60,7 @@ expect 2 'model.ffn=relu: expected one of mlp.swiglu' 'not a choice' train --set
 expect 2 'multiples of model.patch' 'crop no multiple of the patch' train --set crops.global_size=65
 expect 2 'multiple of model.heads' 'width no multiple of the heads' train --set model.heads=3
 expect 2 'expected key=value' 'set without a value' train --set optim.lr
-expect 2 'built without the CUDA backend' 'no CUDA' train --device cuda
+expect 2 'built without the CUDA backend|no GPU answers' 'no CUDA' train --device cuda
 expect 2 '--resume needs --out' 'resume without a folder' train --resume
 expect 2 'expected a number of steps' 'bad number of steps' train --steps none
 expect 3 'nowhere' 'no such data' train --data nowhere --out no-data
