@@ -516,7 +516,7 @@ static void pack_slices(Model *m, Slot *s, const Batch *b) {
 
 static void pack_floats(Slot *s, const float **device, const float *values, size_t n) {
     float *to = put(s, n, device);
-    memcpy(to, values, n * sizeof(float));
+    if (n) memcpy(to, values, n * sizeof(float));
 }
 
 // All of a batch.

@@ -131,8 +131,7 @@ static inline int mask_next(const Mask *m, const uint64_t *row, int c, uint64_t 
 // image's edge. Returns the largest's pixels. Runs are joined by union-find (Rosenfeld and Pfaltz, J. ACM 13, 1966).
 static inline int mask_keep(Mask *m, int share) {
     size_t words = m->words, count = 0;
-    for (size_t i = 0; i < m->rows * words; i++)
-        count += __builtin_popcountll(m->bits[i] & ~(m->bits[i] << 1 | (i % words ? m->bits[i - 1] >> 63 : 0)));
+    for (size_t i = 0; i < m->rows * words; i++) count += __builtin_popcountll(m->bits[i] & ~(m->bits[i] << 1)); // or a few more
     Run *runs = (Run *)xmalloc(count * sizeof *runs, "a body mask");
     int n = 0, above = 0, largest = 0;
     for (int r = 0; r < m->rows; r++) {

@@ -196,6 +196,7 @@ struct Facts {
 };
 
 struct Reading {
+    int file;
     const uint8_t *data;           // the file, mapped
     size_t size;
     std::vector<uint8_t> inflated; // the data set of a deflated file
@@ -422,11 +423,10 @@ static void file_read(const char *path, Reading *r) {
     f->slope = 1, f->echo_time = f->b_value = f->time = -1;
     f->echo = f->temporal = f->acquisition = f->instance = f->stack = -1;
     struct stat s;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) refuse("unreadable: %s", strerror(errno));
-    int usual = !fstat(fd, &s) && S_ISREG(s.st_mode) && s.st_size > 140;
-    void *data = usual ? mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
-    close(fd);
+    r->file = open(path, O_RDONLY | O_CLOEXEC);
+    if (r->file < 0) refuse("unreadable: %s", strerror(errno));
+    int usual = !fstat(r->file, &s) && S_ISREG(s.st_mode) && s.st_size > 140;
+    void *data = usual ? mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, r->file, 0) : MAP_FAILED;
     if (!usual) refuse("not DICOM");
     if (data == MAP_FAILED) refuse("unreadable: %s", strerror(errno));
     r->data = (const uint8_t *)data, r->size = (size_t)s.st_size;
@@ -567,6 +567,12 @@ template <typename T> static void pixels_tidy(void *out, size_t n, int stored, i
     for (size_t i = 0; right && i < n; i++) x[i] = (T)((T)((uint32_t)x[i] << left) >> right);
 }
 
+// Copies n bytes of the file, from `at` in its mapping on: read, they need no page of the mapping.
+static void read_at(const Reading *r, const uint8_t *at, uint8_t *out, size_t n) {
+    for (ssize_t got; n; at += got, out += got, n -= (size_t)got)
+        if ((got = pread(r->file, out, n, at - r->data)) <= 0) refuse("unreadable: %s", got ? strerror(errno) : "it has shrunk");
+}
+
 // The stored values of a file that has been read, to out [frames][rows][cols].
 static void decode(const Reading *r, void *out) {
     const DicomHeader *h = &r->facts.h;
@@ -585,6 +591,7 @@ static void decode(const Reading *r, void *out) {
     uint8_t *pixels = h->mosaic ? mosaic.data() : (uint8_t *)out;
     const uint8_t *p = r->pixels.value.at;
     if (!native) frame_images(r, (size_t)frames, &images, &joined);
+    else if (!big && r->inflated.empty()) read_at(r, p, pixels, image * frames * bytes);
     else if (!big) memcpy(pixels, p, image * frames * bytes);
     else // 8 bits as words: bytes in pairs
         for (size_t i = 0, turn = bytes == 1 && r->pixels.vr == VR("OW") ? 1 : bytes - 1; i < image * frames * bytes; i++)
@@ -610,6 +617,7 @@ static void decode(const Reading *r, void *out) {
 template <typename Body> static int guarded(const char *path, char *reason, size_t size, Body body) {
     Reading r = {};
     int status = -1;
+    r.file = -1;
     gdcm::Trace::DebugOff(), gdcm::Trace::WarningOff(), gdcm::Trace::ErrorOff();
     try {
         file_read(path, &r);
@@ -623,10 +631,12 @@ template <typename Body> static int guarded(const char *path, char *reason, size
         snprintf(reason, size, "its decoder gave up");
     }
     if (r.data) munmap((void *)r.data, r.size);
+    if (r.file >= 0) close(r.file);
     return status;
 }
 
-extern "C" int dicom_scan(const char *path, DicomHeader *header, DicomFrame **frames, char *reason, size_t size) {
+extern "C" int dicom_scan(const char *path, DicomHeader *header, DicomFrame **frames, void *out, size_t bytes, char *reason,
+                          size_t size) {
     *frames = NULL;
     int bad = guarded(path, reason, size, [&](Reading *r) {
         *header = r->facts.h;
@@ -634,6 +644,8 @@ extern "C" int dicom_scan(const char *path, DicomHeader *header, DicomFrame **fr
         *frames = (DicomFrame *)calloc(header->frames, sizeof **frames);
         if (!*frames) throw std::bad_alloc();
         frames_read(r, *frames);
+        header->decoded = out && header->frames == 1 && 8 * bytes == (size_t)header->rows * header->cols * header->bits_allocated;
+        if (header->decoded) decode(r, out);
     });
     if (bad) free(*frames), *frames = NULL;
     return bad;

@@ -33,7 +33,7 @@ typedef struct {
     int samples, bits_allocated, bits_stored, high_bit, is_signed; // high_bit: bits_stored - 1 where absent or impossible
     int type;                      // RAW_* of the decoded stored values: the smallest that bits_allocated fit
     int mosaic, burned_in, lossy, enhanced, has_pixels; // enhanced: it has functional groups
-    int has_padding;
+    int has_padding, decoded;      // decoded: dicom_scan has done dicom_decode's work
     double padding;                // PixelPaddingValue, a stored value
     const char *syntax_name;       // for the report: "explicit LE", "JPEG 2000", "RLE" ...
 } DicomHeader;
@@ -56,9 +56,10 @@ enum { DICOM_BUILT = 1 };
 #ifdef __cplusplus
 extern "C" {
 #endif
-// Header of the file at path, and *frames: malloc'ed [header->frames], to be freed; NULL without pixels. 0 good; else -1 and
-// *reason (size bytes): one phrase, without path and without anything of the patient.
-int dicom_scan(const char *path, DicomHeader *header, DicomFrame **frames, char *reason, size_t size);
+// Header of the file at path, and *frames: malloc'ed [header->frames], to be freed; NULL without pixels. Where out is not NULL
+// and the file has one frame, of `bytes` bytes, also what dicom_decode does. 0 good; else -1 and *reason (size bytes): one
+// phrase, without path and without anything of the patient.
+int dicom_scan(const char *path, DicomHeader *header, DicomFrame **frames, void *out, size_t bytes, char *reason, size_t size);
 
 // All stored values to out [frames][rows][cols] of header->type, header being dicom_scan's: the BitsStored bits up to HighBit,
 // sign-extended, without rescale and without inverting MONOCHROME1. 0 good, else -1 and *reason. A decoder may abort on a
@@ -73,8 +74,9 @@ static inline int dicom_absent(char *reason, size_t size) {
     snprintf(reason, size, "this prep was built without GDCM; install libgdcm-dev and run make again");
     return -1;
 }
-static inline int dicom_scan(const char *path, DicomHeader *header, DicomFrame **frames, char *reason, size_t size) {
-    (void)path, (void)header, (void)frames;
+static inline int dicom_scan(const char *path, DicomHeader *header, DicomFrame **frames, void *out, size_t bytes, char *reason,
+                             size_t size) {
+    (void)path, (void)header, (void)frames, (void)out, (void)bytes;
     return dicom_absent(reason, size);
 }
 static inline int dicom_decode(const char *path, const DicomHeader *header, void *out, char *reason, size_t size) {

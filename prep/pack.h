@@ -342,11 +342,12 @@ static inline void dicom_open_close(DicomOpen *d) {
 static inline int dicom_frame(Packing *p, DicomOpen *d, const Record *r, void *out, size_t bytes, char *reason, size_t size) {
     const char *path = index_path(&p->prep->index, r->file);
     double start = seconds_now();
-    int bad = 0;
+    int bad = 0, decoded = 0;
     if (!d->open || d->file != r->file) {
         dicom_open_close(d);
         pool_item(p->pool, r->file);
-        bad = dicom_scan(path, &d->header, &d->frames, reason, size);
+        bad = dicom_scan(path, &d->header, &d->frames, out, bytes, reason, size);
+        decoded = !bad && d->header.decoded;
         d->file = r->file;
         d->open = !bad;
     }
@@ -355,8 +356,9 @@ static inline int dicom_frame(Packing *p, DicomOpen *d, const Record *r, void *o
         snprintf(reason, size, "it has changed while it was read");
         bad = -1;
     }
-    if (!bad && out && d->header.frames == 1) bad = dicom_decode(path, &d->header, out, reason, size);
-    else if (!bad && out) {
+    int wanted = !bad && out && !decoded;
+    if (wanted && d->header.frames == 1) bad = dicom_decode(path, &d->header, out, reason, size);
+    else if (wanted) {
         if (!d->pixels) {
             d->pixels = (uint8_t *)xmalloc(frame * d->header.frames, "a multi-frame file");
             bad = dicom_decode(path, &d->header, d->pixels, reason, size);
@@ -376,7 +378,7 @@ static inline void pack_rank(Packing *p, DicomOpen *d, const int *rank, int want
     Volume v = {0};
     const Record **slices = (const Record **)xmalloc((p->count + 1) * sizeof *slices, "a series");
     double *slope = (double *)xmalloc(2 * (p->count + 1) * sizeof *slope, "a series"), *intercept = slope + p->count + 1;
-    uint8_t *raw = NULL;
+    void *raw = NULL;
     size_t bytes = 0;
     char reason[256] = "", first_bad[256] = "", series[DICOM_TEXT] = "";
     int n = 0, most = 0, type = 0, same = 1, inverted = 0;
@@ -395,11 +397,11 @@ static inline void pack_rank(Packing *p, DicomOpen *d, const int *rank, int want
                 v.n[0] = d->header.cols, v.n[1] = d->header.rows;
                 snprintf(series, sizeof series, "%s", d->header.series);
                 snprintf(result->format, sizeof result->format, "DICOM %s", d->header.syntax_name);
-                raw = (uint8_t *)malloc(bytes * most);
+                raw = malloc(bytes * most);
                 if (!raw) fail(STATUS_FAILED, "out of memory: a series of %.1f GiB", bytes * most / 1073741824.0);
             }
         }
-        if (!bad) bad = dicom_frame(p, d, &r[i], raw + bytes * n, bytes, reason, sizeof reason);
+        if (!bad) bad = dicom_frame(p, d, &r[i], (uint8_t *)raw + bytes * n, bytes, reason, sizeof reason);
         if (bad) {
             if (!result->bad_files++) snprintf(first_bad, sizeof first_bad, "%s", reason);
             continue;
@@ -411,7 +413,8 @@ static inline void pack_rank(Packing *p, DicomOpen *d, const int *rank, int want
         same &= slope[n] == slope[0] && intercept[n] == intercept[0];
         if (!strncmp(d->header.photometric, "MONOCHROME1", 11) && r->modality != MODALITY_CT) {
             int64_t low = d->header.is_signed ? -((int64_t)1 << (d->header.bits_stored - 1)) : 0;
-            raw_invert(raw + bytes * n, type, (size_t)v.n[0] * v.n[1], 2 * low + ((int64_t)1 << d->header.bits_stored) - 1);
+            int64_t sum = 2 * low + ((int64_t)1 << d->header.bits_stored) - 1;
+            raw_invert((uint8_t *)raw + bytes * n, type, (size_t)v.n[0] * v.n[1], sum);
             inverted++;
         }
         n++;
@@ -428,7 +431,7 @@ static inline void pack_rank(Packing *p, DicomOpen *d, const int *rank, int want
         regular = series_geometry(&v, result, slices, &frame, n);
         int bad = volume_orient(&v, reason, sizeof reason);
         if (bad) pack_reject(result, REASON_NO_GEOMETRY, "%s", reason);
-        else if ((bad = volume_store(&v, raw, type, same ? slope[0] : 1, same ? intercept[0] : 0, reason, sizeof reason)))
+        else if ((bad = volume_store(&v, &raw, type, same ? slope[0] : 1, same ? intercept[0] : 0, reason, sizeof reason)))
             pack_reject(result, v.low == v.high ? REASON_CONSTANT : REASON_DAMAGED, "%s", reason);
     }
     free(raw);
@@ -599,7 +602,7 @@ static inline void pack_series(const Prep *prep, Pool *pool, int64_t task, PoolR
             if (v->reason == REASON_DAMAGED) {  // asked again what is wrong with it
                 DicomHeader h;
                 DicomFrame *frames = NULL;
-                if (!dicom_scan(index_path(&prep->index, r[i].file), &h, &frames, detail, sizeof detail)) *detail = 0;
+                if (!dicom_scan(index_path(&prep->index, r[i].file), &h, &frames, NULL, 0, detail, sizeof detail)) *detail = 0;
                 free(frames);
             }
             pack_reject(v, v->reason, "%s", detail);

@@ -43,21 +43,24 @@ enum {
     PREVIEW_WIDE = PREVIEW_ROOM + 12, PREVIEW_HIGH = PREVIEW_ROOM + 2 * PREVIEW_LINE + 8      // from cell to cell
 };
 
+// A pixel is one byte, so that a third is there to compress: a grey from black (0) to white, or a colour.
+enum { PREVIEW_WHITE = 250, PREVIEW_ORANGE, PREVIEW_DARK_RED, PREVIEW_GREEN, PREVIEW_RED, PREVIEW_YELLOW, PREVIEW_COLOURS };
+static const uint32_t preview_rgb[] = {0xFFFFFF, 0xFF9000, 0xA02020, 0x00C000, 0xFF3030, 0xFFFF60}; // from white on
+enum { PREVIEW_GROUND = PREVIEW_WHITE * 2 / 13, PREVIEW_PALE = PREVIEW_WHITE * 7 / 8 };
+
 typedef struct {
-    uint8_t *rgb;        // [height][width][3]
+    uint8_t *pixels;     // [height][width]
     int width, height;
 } PreviewSheet;
 
-// Sets pixel (x, y) to 0xRRGGBB; outside the sheet nothing happens.
-static inline void preview_dot(PreviewSheet *s, int x, int y, uint32_t colour) {
-    if (x < 0 || y < 0 || x >= s->width || y >= s->height) return;
-    uint8_t *to = s->rgb + 3 * ((size_t)y * s->width + x);
-    for (int i = 0; i < 3; i++) to[i] = (uint8_t)(colour >> (16 - 8 * i));
+// Sets pixel (x, y); outside the sheet nothing happens.
+static inline void preview_dot(PreviewSheet *s, int x, int y, int colour) {
+    if (x >= 0 && y >= 0 && x < s->width && y < s->height) s->pixels[(size_t)y * s->width + x] = (uint8_t)colour;
 }
 
 // Draws text with its upper left corner at (x, y), at twice the font's size where that fits in `room` pixels, else at the
 // font's size and cut off there. Characters that the font lacks stay blank.
-static inline void preview_text(PreviewSheet *s, int x, int y, int room, const char *text, uint32_t colour) {
+static inline void preview_text(PreviewSheet *s, int x, int y, int room, const char *text, int colour) {
     static const char known[] = "0123456789.-+?ABCEGILMOPRSTX";
     static const uint8_t font[][5] = {      // five columns each, the top row in the lowest bit
         {0x3E, 0x51, 0x49, 0x45, 0x3E}, {0x00, 0x42, 0x7F, 0x40, 0x00}, {0x42, 0x61, 0x51, 0x49, 0x46}, // 0 1 2
@@ -158,7 +161,7 @@ static inline void preview_region(const uint8_t *mask, int rows, int cols, uint8
 }
 
 // Draws the pixels of region[h][w] that are not 0 and lie at its edge or beside another number; (x, y): upper left corner.
-static inline void preview_outline(PreviewSheet *s, int x, int y, const uint8_t *region, int h, int w, uint32_t colour) {
+static inline void preview_outline(PreviewSheet *s, int x, int y, const uint8_t *region, int h, int w, int colour) {
     for (int r = 0; r < h; r++)
         for (int c = 0; c < w; c++) {
             const uint8_t *at = region + r * w + c;
@@ -183,59 +186,64 @@ static inline void preview_tile(PreviewSheet *sheet, int x, int y, Dataset *d, u
     float *picture = (float *)xmalloc((size_t)h * w * sizeof *picture, "a preview");
     uint8_t *region = (uint8_t *)xmalloc((size_t)h * w, "a preview");
 
-    for (int k = 0; k < PREVIEW_SIDE * PREVIEW_SIDE; k++)
-        preview_dot(sheet, x + PREVIEW_MARGIN + k % PREVIEW_SIDE, y + PREVIEW_MARGIN + k / PREVIEW_SIDE, 0);
+    for (int r = 0; r < PREVIEW_SIDE; r++)
+        for (int c = 0; c < PREVIEW_SIDE; c++) preview_dot(sheet, x + PREVIEW_MARGIN + c, y + PREVIEW_MARGIN + r, 0);
     int left = x + PREVIEW_MARGIN + (PREVIEW_SIDE - w) / 2, top = y + PREVIEW_MARGIN + (PREVIEW_SIDE - h) / 2;
     preview_resample(pixels, s->rows, s->cols, picture, h, w);
     preview_window(s, pixels, &low, &high);
-    for (int k = 0; k < h * w; k++) {
-        double grey = (picture[k] - low) / (high - low), hu = (double)s->scale * picture[k] + s->intercept;
-        if (s->scale < 0) grey = 1 - grey;
-        if (s->modality == MODALITY_CT) grey = preview_tone(hu);
-        preview_dot(sheet, left + k % w, top + k / w, 0x010101u * (uint32_t)(255 * fmin(1, fmax(0, grey)) + 0.5));
-    }
+    for (int r = 0; r < h; r++)
+        for (int c = 0; c < w; c++) {
+            float pixel = picture[r * w + c];
+            double grey = (pixel - low) / (high - low), hu = (double)s->scale * pixel + s->intercept;
+            if (s->scale < 0) grey = 1 - grey;
+            if (s->modality == MODALITY_CT) grey = preview_tone(hu);
+            preview_dot(sheet, left + c, top + r, (int)(PREVIEW_WHITE * fmin(1, fmax(0, grey)) + 0.5));
+        }
 
     double down = (double)h / s->rows, across = (double)w / s->cols;    // sheet pixels per slice pixel
     double middle_y = s->centre_row * down, middle_x = s->centre_col * across;
     if (mask) {
         preview_region(mask, s->rows, s->cols, region, h, w);
-        preview_outline(sheet, left, top, region, h, w, 0xFF9000);
+        preview_outline(sheet, left, top, region, h, w, PREVIEW_ORANGE);
     }
-    for (int k = 0; k < h * w; k++) {
-        double y_off = (k / w + 0.5 - middle_y) / down / s->spread_row, x_off = (k % w + 0.5 - middle_x) / across / s->spread_col;
-        region[k] = y_off * y_off + x_off * x_off <= 1;
-    }
-    preview_outline(sheet, left, top, region, h, w, 0xA02020);
-    for (int k = 0; k < h * w; k++) {       // a pixel is in the box where the box covers any of it
-        double r = k / w / down, c = k % w / across;
-        region[k] = r + 1 / down > s->box_top && r < s->box_bottom && c + 1 / across > s->box_left && c < s->box_right;
-    }
-    preview_outline(sheet, left, top, region, h, w, 0x00C000);
+    for (int r = 0; r < h; r++)
+        for (int c = 0; c < w; c++) {
+            double y_off = (r + 0.5 - middle_y) / down / s->spread_row, x_off = (c + 0.5 - middle_x) / across / s->spread_col;
+            region[r * w + c] = y_off * y_off + x_off * x_off <= 1;
+        }
+    preview_outline(sheet, left, top, region, h, w, PREVIEW_DARK_RED);
+    for (int i = 0; i < h; i++)             // a pixel is in the box where the box covers any of it
+        for (int j = 0; j < w; j++) {
+            double r = i / down, c = j / across;
+            region[i * w + j] = r + 1 / down > s->box_top && r < s->box_bottom && c + 1 / across > s->box_left &&
+                                c < s->box_right;
+        }
+    preview_outline(sheet, left, top, region, h, w, PREVIEW_GREEN);
     for (int k = -4; k <= 4; k++) {
-        preview_dot(sheet, left + (int)middle_x, top + (int)middle_y + k, 0xFF3030);
-        preview_dot(sheet, left + (int)middle_x + k, top + (int)middle_y, 0xFF3030);
+        preview_dot(sheet, left + (int)middle_x, top + (int)middle_y + k, PREVIEW_RED);
+        preview_dot(sheet, left + (int)middle_x + k, top + (int)middle_y, PREVIEW_RED);
     }
     free(picture);
     free(region);
 
     char text[128];
     int middle = PREVIEW_ROOM / 2, side = middle - 12;      // side: room in the bottom margin beside its letter
-    preview_text(sheet, x + 3, y + middle - 7, PREVIEW_MARGIN, edges[s->plane][0], 0xFFFF60);
-    preview_text(sheet, x + PREVIEW_FAR + 3, y + middle - 7, PREVIEW_MARGIN, edges[s->plane][1], 0xFFFF60);
-    preview_text(sheet, x + middle - 5, y + 1, PREVIEW_MARGIN, edges[s->plane][2], 0xFFFF60);
-    preview_text(sheet, x + middle - 5, y + PREVIEW_FAR + 1, PREVIEW_MARGIN, edges[s->plane][3], 0xFFFF60);
+    preview_text(sheet, x + 3, y + middle - 7, PREVIEW_MARGIN, edges[s->plane][0], PREVIEW_YELLOW);
+    preview_text(sheet, x + PREVIEW_FAR + 3, y + middle - 7, PREVIEW_MARGIN, edges[s->plane][1], PREVIEW_YELLOW);
+    preview_text(sheet, x + middle - 5, y + 1, PREVIEW_MARGIN, edges[s->plane][2], PREVIEW_YELLOW);
+    preview_text(sheet, x + middle - 5, y + PREVIEW_FAR + 1, PREVIEW_MARGIN, edges[s->plane][3], PREVIEW_YELLOW);
     snprintf(text, sizeof text, "LABEL %d", s->label);
-    if (s->label >= 0) preview_text(sheet, x, y + PREVIEW_FAR + 1, side, text, 0xE0E0E0);
+    if (s->label >= 0) preview_text(sheet, x, y + PREVIEW_FAR + 1, side, text, PREVIEW_PALE);
     snprintf(text, sizeof text, "TARGET %.3G", s->target);
-    if (!isnan(s->target)) preview_text(sheet, x + middle + 12, y + PREVIEW_FAR + 1, side, text, 0xE0E0E0);
+    if (!isnan(s->target)) preview_text(sheet, x + middle + 12, y + PREVIEW_FAR + 1, side, text, PREVIEW_PALE);
     snprintf(text, sizeof text, "%llu %s %s %dX%d", (unsigned long long)number, modality[s->modality], plane[s->plane], s->rows,
              s->cols);
-    preview_text(sheet, x, y + PREVIEW_ROOM, PREVIEW_ROOM, text, 0xE0E0E0);
+    preview_text(sheet, x, y + PREVIEW_ROOM, PREVIEW_ROOM, text, PREVIEW_PALE);
     const float mm[3] = {s->spacing_row, s->spacing_col, s->spacing_slice};
     int n = 0;
     for (int a = 0; a < 3; a++) n += snprintf(text + n, sizeof text - n, "%s%.*G", a ? "X" : "", mm[a] < 10 ? 2 : 3, mm[a]);
     snprintf(text + n, sizeof text - n, "MM %llu SL", (unsigned long long)slices);
-    preview_text(sheet, x, y + PREVIEW_ROOM + PREVIEW_LINE, PREVIEW_ROOM, text, 0xE0E0E0);
+    preview_text(sheet, x, y + PREVIEW_ROOM + PREVIEW_LINE, PREVIEW_ROOM, text, PREVIEW_PALE);
 }
 
 // path[PATH_SIZE] = the name of sheet number `sheet`, from 1, in the folder; returns path.
@@ -249,10 +257,15 @@ static inline char *preview_path(char *path, const char *folder, int sheet) {
 static inline void preview_save(const PreviewSheet *s, const char *path) {
     char partial[PATH_SIZE + 16];
     snprintf(partial, sizeof partial, "%s.partial", path);
-    png_image image = {.version = PNG_IMAGE_VERSION, .width = s->width, .height = s->height, .format = PNG_FORMAT_RGB,
-                       .flags = PNG_IMAGE_FLAG_FAST};
+    png_image image = {.version = PNG_IMAGE_VERSION, .width = s->width, .height = s->height, .format = PNG_FORMAT_RGB_COLORMAP,
+                       .flags = PNG_IMAGE_FLAG_FAST, .colormap_entries = PREVIEW_COLOURS};
+    uint8_t palette[PREVIEW_COLOURS][3];
+    for (int i = 0; i < PREVIEW_COLOURS; i++) {
+        uint32_t rgb = i < PREVIEW_WHITE ? 0x010101 * (uint32_t)(i * 255 / PREVIEW_WHITE) : preview_rgb[i - PREVIEW_WHITE];
+        for (int k = 0; k < 3; k++) palette[i][k] = (uint8_t)(rgb >> (16 - 8 * k));
+    }
     FILE *file = file_create(partial);
-    if (!png_image_write_to_stdio(&image, file, 0, s->rgb, 0, NULL)) {
+    if (!png_image_write_to_stdio(&image, file, 0, s->pixels, 0, palette)) {
         unlink(partial);     // where the disk is full, its room is wanted
         fail(STATUS_FAILED, "%s: cannot write it: %s; is the disk full?", partial, image.message);
     }
@@ -286,8 +299,8 @@ static inline int preview_write(const char *folder, const char *const *paths, in
         int from = sheet * PREVIEW_TILES, here = tiles - from < PREVIEW_TILES ? (int)(tiles - from) : PREVIEW_TILES;
         int across = here < PREVIEW_ACROSS ? here : PREVIEW_ACROSS, down = (here + across - 1) / across;
         PreviewSheet s = {NULL, across * PREVIEW_WIDE, down * PREVIEW_HIGH};
-        s.rgb = (uint8_t *)xmalloc((size_t)s.width * s.height * 3, "a preview sheet");
-        memset(s.rgb, 0x28, (size_t)s.width * s.height * 3);
+        s.pixels = (uint8_t *)xmalloc((size_t)s.width * s.height, "a preview sheet");
+        memset(s.pixels, PREVIEW_GROUND, (size_t)s.width * s.height);
         for (int t = 0; t < here; t++) {
             // Of every n/tiles volumes another one: a fixed step would meet the same plane of each scan.
             uint64_t k = from + t, low = k * n / tiles, high = (k + 1) * n / tiles, pick = low + k % (high - low);
@@ -296,7 +309,7 @@ static inline int preview_write(const char *folder, const char *const *paths, in
             preview_tile(&s, x, y, d, first[pick] + slices / 2, pick + 1, slices);
         }
         preview_save(&s, preview_path(path, folder, sheet + 1));
-        free(s.rgb);
+        free(s.pixels);
     }
     for (int old = sheets + 1; unlink(preview_path(path, folder, old)) == 0;) old++;
     free(first);

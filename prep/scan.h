@@ -106,7 +106,7 @@ static inline void scan_dicom(const Prep *prep, uint64_t file, PoolResult *out) 
     char reason[256], key[1024], type[64];
     const char *name = index_name(&prep->index, file), *slash = strrchr(name, '/');
     Record named = scan_named(prep, file, KIND_DICOM, REASON_NONE);
-    if (dicom_scan(index_path(&prep->index, file), &h, &frames, reason, sizeof reason)) {
+    if (dicom_scan(index_path(&prep->index, file), &h, &frames, NULL, 0, reason, sizeof reason)) {
         named.reason = REASON_DAMAGED;
         result_write(out, &named, sizeof named);
         return;

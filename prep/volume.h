@@ -160,6 +160,7 @@ typedef struct { double low, high; int64_t not_numbers; int whole; } RawRange; /
     static inline int64_t store_##name(const type *x, size_t n, double fill, double offset, double step, int16_t *out) { \
         int64_t clipped = 0; \
         if (!is_float && step == 1) { \
+            _Pragma("GCC ivdep")                /* out may be x */ \
             for (size_t i = 0; i < n; i++) out[i] = (int16_t)((int64_t)x[i] - (int64_t)offset); \
             return 0; \
         } \
@@ -238,8 +239,10 @@ static inline int volume_is_labels(const void *data, int type, const int n[3], d
 // Fills pixels, scale, intercept, range and counts of *v from voxels of v->n, whose value is slope * voxel + inter.
 // Integers that span less than 65536 are kept exactly, and as the values themselves (scale 1, intercept 0) where slope is 1
 // and they fit; anything else gets 65535 steps over its range, or up to the 99.99th percentile where a few voxels lie more
-// than 16 times further out. What is not a number becomes the lowest value. 0 good, else -1 and *reason.
-static inline int volume_store(Volume *v, const void *data, int type, double slope, double inter, char *reason, size_t size) {
+// than 16 times further out. What is not a number becomes the lowest value. Voxels of two bytes are stored where they are:
+// *from, which came from malloc, becomes v->pixels and is then NULL. 0 good, else -1 and *reason.
+static inline int volume_store(Volume *v, void **from, int type, double slope, double inter, char *reason, size_t size) {
+    const void *data = *from;
     size_t count = (size_t)v->n[0] * v->n[1] * v->n[2];
     RawRange r = RAW_CALL(range, type, data, count);
     v->not_numbers = r.not_numbers;
@@ -266,12 +269,15 @@ static inline int volume_store(Volume *v, const void *data, int type, double slo
     }
     v->scale = (float)(slope * step);
     v->intercept = (float)(slope * offset + inter);
-    v->pixels = (int16_t *)malloc(count * sizeof *v->pixels);  // all of it is written below
+    int in_place = type == RAW_U16 || type == RAW_I16;
+    v->pixels = (int16_t *)(in_place ? *from : malloc(count * sizeof *v->pixels)); // all of it is written below
+    if (in_place) *from = NULL;
     if (!v->pixels) {
         snprintf(reason, size, "%.1f GiB of voxels do not fit in memory", count * sizeof *v->pixels / 1073741824.0);
         return -1;
     }
-    v->clipped = RAW_CALL(store, type, data, count, fill, offset, step, v->pixels);
+    int there = in_place && offset == 0;        // two bytes always have step 1
+    v->clipped = there ? 0 : RAW_CALL(store, type, data, count, fill, offset, step, v->pixels);
     if (v->not_numbers) volume_note(v, "%lld voxels are NaN or infinite: set to the lowest value", (long long)v->not_numbers);
     if (v->clipped) volume_note(v, "%lld outlying voxels clipped to %g", (long long)v->clipped, slope * r.high + inter);
     return 0;

@@ -109,7 +109,10 @@ static inline int volumefile_next(VolumeFile *f, int wanted, Volume *v, char *re
     int each = raw_bytes(f->type);
     if (f->swapped && each > 1) nifti_swap_Nbytes((int64_t)bytes / each, each, f->raw);
     *v = f->grid;
-    return volume_store(v, f->raw, f->type, f->slope, f->inter, reason, size);
+    void *raw = f->raw;
+    int bad = volume_store(v, &raw, f->type, f->slope, f->inter, reason, size);
+    f->raw = (uint8_t *)raw;
+    return bad;
 }
 
 // 0, or -1 and *reason where what is left of the file is damaged: its volumes are then not to be used.

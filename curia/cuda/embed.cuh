@@ -76,7 +76,7 @@ static __global__ void embed_kernel(float *x, const floatX *e, const float *posi
                              const float *registers, const uint8_t *mask, Tokens g, int R, int D) {
     int n = blockIdx.x / g.tokens, t = blockIdx.x % g.tokens, patch = t - 1 - R;
     float *to = x + (size_t)(g.row + blockIdx.x) * D;
-    const floatX *embedded = e + (size_t)(g.patch_row + n * g.patches + patch) * D;
+    const floatX *embedded = e + (size_t)(g.patch_row + n * g.patches + (patch < 0 ? 0 : patch)) * D;
     int masked = patch >= 0 && mask && mask[(size_t)n * g.patches + patch];
     for (int d = threadIdx.x; d < D; d += blockDim.x) {
         if (t == 0) to[d] = cls[d] + position[d];

@@ -76,7 +76,8 @@ static __global__ void residual_norm_backward_kernel(float *dx, const floatX *dh
     int target = branch_row(to, r), source = df ? branch_row(from, r) : -1, extra = dhat_more ? branch_row(more, r) : -1;
     if (source < 0 && target < 0) return;
     float *stream = dx + (size_t)r * D, alpha = branch_alpha(from, r), mean = 0, along = 0, scale = 0;
-    const floatX *g = dhat + (size_t)target * D, *g_more = dhat_more + (size_t)extra * D, *h = hat + (size_t)target * D;
+    size_t row = (size_t)(target < 0 ? 0 : target) * D;
+    const floatX *g = dhat + row, *g_more = extra < 0 ? g : dhat_more + (size_t)extra * D, *h = hat + row;
     if (target >= 0) {
         for (int i = 4 * lane; i < D; i += 4 * WARP) {
             float4 a = load4(g + i), b = load4(h + i);
@@ -155,7 +156,8 @@ static __global__ void final_norm_backward_kernel(float *dx, const float *dy, co
     int lane = threadIdx.x % WARP, r = blockIdx.x * NORM_WARPS + threadIdx.x / WARP;
     if (r >= rows) return;
     int first = index[r], second = index[rows + r], source = branch_row(from, r);
-    const float *h = hat + (size_t)(first < 0 ? second : first) * D;
+    int either = first < 0 ? second : first;
+    const float *h = hat + (size_t)(either < 0 ? 0 : either) * D;
     float mean = 0, along = 0, scale = 0, alpha = branch_alpha(from, r);
     if (first >= 0 || second >= 0) {
         for (int d = lane; d < D; d += WARP) {
@@ -165,7 +167,7 @@ static __global__ void final_norm_backward_kernel(float *dx, const float *dy, co
         }
         mean = warp_sum(mean) / D;
         along = warp_sum(along) / D;
-        scale = rstd[first < 0 ? second : first];
+        scale = rstd[either];
     }
     for (int d = lane; d < D; d += WARP) {
         float out = 0;
