@@ -10,9 +10,8 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 unset MAKEFLAGS MFLAGS MAKELEVEL
-quick=
-[ "${1:-}" = --quick ] && quick=--quick
-[ -z "${1:-}$quick" ] || [ -n "$quick" ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+quick=${1:-}
+case $quick in '' | --quick) ;; *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 golden=${GOLDEN:-../shared/golden} python=${PYTHON:-python3} cores=$(nproc) date=$(date +%F)
 nvcc=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 PATH=$PATH:$(dirname "$nvcc")
@@ -20,16 +19,20 @@ ask() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2> /dev/null | head -1
 device=$(ask name) driver=$(ask driver_version) arch=$(ask compute_cap | tr -d .)
 folder=${RESULTS:-dev/results}/$(echo "${device:-unknown-gpu}" | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-')-$date
 commit=${COMMIT:-$(git describe --always --dirty --exclude '*' 2> /dev/null || echo unknown)}
-header="# device: ${device:-none answers}; driver: ${driver:-none}; CUDA: $("$nvcc" --version 2> /dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p'); commit: $commit; date: $date; command: dev/gpu_check.sh $quick"
+cuda=$("$nvcc" --version 2> /dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+header="# device: ${device:-none answers}; driver: ${driver:-none}; CUDA: ${cuda:-none}; commit: $commit; date: $date; \
+command: dev/gpu_check.sh $quick"
 mkdir -p "$folder" || exit 1
 memory_disk=$(df -m --output=avail /dev/shm 2> /dev/null | tail -1)     # a checkpoint of L is 6 GB
 [ "${memory_disk:-0}" -gt 16000 ] && export TMPDIR=/dev/shm
 work=$(mktemp -d)
-background=()
-trap 'kill -KILL "${background[@]}" 2> /dev/null; rm -rf "$work"' EXIT
+trap 'kill -KILL $(jobs -pr) 2> /dev/null; rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
 log=$folder/log.txt
 for file in log.txt training.tsv speed.tsv pytorch.tsv kernels.tsv summary.tsv; do echo "$header" > "$folder/$file"; done
-passed=0 failed=0 skipped=0
+export OMP_NUM_THREADS=$(((cores + 1) / 2)) TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton
+tiny='--recipe tiny --set run.save_every=0'
+passed=0 failed=0 cpu_run=
 
 # part NAME END FUNCTION: END is the second of the whole run by which it is over; what a part does not need is left to the next.
 # The function returns 0, 1 (failed) or 2 (skipped), and says in `note` what it found.
@@ -40,12 +43,18 @@ part() {
     echo "=== $1" >> "$log"
     if [ $((end - SECONDS)) -lt 3 ]; then status=1 note='no time left'
     else "$3" >> "$log" 2>&1 < /dev/null; status=$?; fi
-    case $status in 0) word=ok passed=$((passed + 1)) ;; 2) word=skipped skipped=$((skipped + 1)) ;; *) word=FAILED failed=$((failed + 1)) ;; esac
+    case $status in
+        0) word=ok passed=$((passed + 1)) ;;
+        2) word=skipped ;;
+        *) word=FAILED failed=$((failed + 1)) ;;
+    esac
     printf '%s\t%s\t%d s\t%s\n' "$1" "$word" $((SECONDS - begin)) "$note" >> "$folder/summary.tsv"
     echo "$word, $((SECONDS - begin)) s${note:+ ($note)}" >&2
 }
 # COMMAND..., killed at the end of this part's time. Status 124 or 137 then.
 within() { timeout -k 3 $((end > SECONDS ? end - SECONDS : 1)) "$@"; }
+rows() { cat "$1" 2> /dev/null | wc -l; }
+ended() { [ "$1" = 124 ] || [ "$1" = 137 ] && echo 'ran out of time' || echo "status $1"; }
 add() { note="${note:+$note; }$*"; }
 median() { sort -g | awk '{ v[NR] = $1 } END { if (NR) print (v[int((NR + 1) / 2)] + v[int(NR / 2) + 1]) / 2 }'; }
 # A program that ends with "N passed, N failed". Adds to `good` and `bad`; a program that dies is one failure.
@@ -56,18 +65,19 @@ counted() {
     echo "\$ $*"
     cat "$work/out"
     read -r p f <<< "$(grep -Eo '[0-9]+ passed, [0-9]+ failed' "$work/out" | tail -1 | tr -cd '0-9 ')"
-    [ "$status" != 0 ] && [ "${f:-0}" = 0 ] && { f=1; add "$(basename "$1") ended with status $status"; }
+    [ "$status" != 0 ] && [ "${f:-0}" = 0 ] && { f=1; add "$(basename "$1"): $(ended $status)"; }
     good=$((good + ${p:-0})) bad=$((bad + ${f:-1}))
 }
 counts() { add "$good passed, $bad failed"; [ $bad = 0 ]; }
 
 # Everything that nvcc compiles at once, and then the CPU's run of part 5, which makes the phantom, beside parts 2 to 4.
 build() {
-    local begin=$SECONDS name flags jobs=() status
+    local begin=$SECONDS name kind jobs=() status
     for name in attention layers; do
-        [ -f dev/test/test_$name.cu ] || continue
-        for flags in -DCURIA_16BIT -DCURIA_FP32; do
-            within "$nvcc" -std=c++17 -O2 -arch="sm_${arch:-80}" -I. $flags dev/test/test_$name.cu -o "$work/test_$name$flags" -lcublasLt &
+        for kind in 16bit fp32; do
+            [ -f dev/test/test_$name.cu ] || continue
+            within "$nvcc" -std=c++17 -O2 -arch="sm_${arch:-80}" -I. $([ $kind = fp32 ] && echo -DCURIA_FP32) \
+                dev/test/test_$name.cu -o "$work/test_${name}_$kind" -lcublasLt &
             jobs+=($!)
         done
     done
@@ -75,12 +85,11 @@ build() {
     status=$?
     [ $status = 0 ] && add "make $((SECONDS - begin)) s on $cores cores"
     [ ${#jobs[@]} = 0 ] || wait "${jobs[@]}"
-    [ $status = 0 ] || { add "make: status $status"; return 1; }
-    OMP_NUM_THREADS=$(((cores + 1) / 2)) nice ./train_curia --device cpu $tiny --steps $([ $quick ] && echo 1 || echo 500) --out "$work/cpu" > "$work/cpu.txt" 2>&1 &
-    background+=($!)
+    [ $status = 0 ] || { add "make: $(ended $status)"; return 1; }
+    nice ./train_curia --device cpu $tiny --steps $([ $quick ] && echo 1 || echo 500) --out "$work/cpu" > "$work/cpu.txt" 2>&1 &
+    cpu_run=$!
 }
-tiny='--recipe tiny --set run.save_every=0'
-export OMP_NUM_THREADS=$(((cores + 1) / 2))
+cpu_running() { [ "$cpu_run" ] && kill -0 "$cpu_run" 2> /dev/null; }
 
 checker() {
     local file files=()
@@ -93,26 +102,31 @@ checker() {
 }
 
 layers() {
-    local program
+    local name kind
     good=0 bad=0
-    for program in attention-DCURIA_16BIT attention-DCURIA_FP32 layers-DCURIA_16BIT layers-DCURIA_FP32; do
-        [ -f "dev/test/test_${program%%-*}.cu" ] || { add "no test_${program%%-*}.cu"; continue; }
-        counted "$work/test_$program"
+    for name in attention layers; do
+        [ -f dev/test/test_$name.cu ] || { add "no dev/test/test_$name.cu"; continue; }
+        for kind in 16bit fp32; do counted "$work/test_${name}_$kind"; done
     done
     counts
 }
 
-phantom_ready() { while [ ! -d data/phantom ] && [ $SECONDS -lt $end ] && kill -0 "${background[0]}" 2> /dev/null; do sleep 0.2; done; [ -d data/phantom ]; }
+# The CPU's run has made the phantom.
+phantom_ready() {
+    while [ ! -d data/phantom ] && [ $SECONDS -lt $end ] && cpu_running; do sleep 0.2; done
+    [ -d data/phantom ]
+}
 
 # The four tools side by side. racecheck and synccheck leave out cuBLASLt's kernels, whose products at the start would take them hours.
 sanitizers() {
-    local tool filter=--kernel-regex jobs=() i=0 status bad=0
+    local tool only filter=--kernel-regex jobs=() i=0 status bad=0 refused=
     command -v compute-sanitizer > /dev/null || { note='no compute-sanitizer'; return 2; }
     phantom_ready || { note='no phantom'; return 1; }
-    compute-sanitizer --help | grep -q -- --kernel-name && filter=--kernel-name
+    compute-sanitizer --help | grep -- --kernel-name > /dev/null && filter=--kernel-name
     for tool in memcheck racecheck synccheck initcheck; do
-        within compute-sanitizer --tool $tool --error-exitcode 9 $(case $tool in race* | sync*) echo $filter kns=_kernel ;; esac) \
-            ./train_curia --device cuda $tiny --batch-size 2 --steps 2 --out "$work/$tool" > "$work/$tool.txt" 2>&1 &
+        case $tool in racecheck | synccheck) only="$filter kns=_kernel" ;; *) only= ;; esac
+        within compute-sanitizer --tool $tool --error-exitcode 9 $only ./train_curia --device cuda $tiny --batch-size 2 --steps 2 \
+            --out "$work/$tool" > "$work/$tool.txt" 2>&1 &
         jobs+=($!)
     done
     for tool in memcheck racecheck synccheck initcheck; do
@@ -120,32 +134,35 @@ sanitizers() {
         status=$?
         echo "--- $tool: status $status"
         cat "$work/$tool.txt"
-        grep -qi 'device not supported' "$work/$tool.txt" && { note='this driver does not let compute-sanitizer in'; bad=-1; continue; }
-        [ $status = 0 ] || { add "$tool: status $status, $(grep SUMMARY "$work/$tool.txt" | tail -1 | sed 's/^=* *//')"; bad=1; }
+        grep -qi 'device not supported' "$work/$tool.txt" && refused=1
+        [ $status = 0 ] || { add "$tool: $(ended $status) $(grep SUMMARY "$work/$tool.txt" | tail -1 | sed 's/^=* *//')"; bad=1; }
     done
-    [ $bad = -1 ] && return 2
+    [ $refused ] && { note='this driver refuses compute-sanitizer'; return 2; }
     [ $bad = 0 ] && add 'memcheck, racecheck, synccheck, initcheck: no errors'
-    [ $bad = 0 ]
 }
 
 # Recipe tiny for 500 steps on the same data: the two mean losses of steps 400 to 500 may differ by the losses' own spread there.
 training() {
+    local status
     [ $quick ] && { note=--quick; return 2; }
-    within ./train_curia --device cuda $tiny --steps 500 --out "$work/cuda" || { add "the GPU's run: status $?"; return 1; }
-    while kill -0 "${background[0]}" 2> /dev/null && [ $SECONDS -lt $end ]; do sleep 0.2; done
+    within ./train_curia --device cuda $tiny --steps 500 --out "$work/cuda" || { add "the GPU's run: $(ended $?)"; return 1; }
+    while cpu_running && [ $SECONDS -lt $end ]; do sleep 0.2; done
+    cpu_running && kill -KILL "$cpu_run"
     cat "$work/cpu.txt"
-    awk -v OFS='\t' 'FNR > 1 && $1 >= 400 && $1 <= 500 { file = FILENAME ~ /cpu\/log/ ? 1 : 2; n[file]++; s[file] += $2; q[file] += $2 * $2; x[file, $1] = $2 }
+    awk '
+        FNR == 1 { file++ }
+        FNR > 1 && $1 >= 400 && $1 <= 500 { n[file]++; s[file] += $2; q[file] += $2 * $2; x[file, $1] = $2 }
         END {
             if (n[1] != 101 || n[2] != 101) { print "rows of steps 400 to 500: cpu " n[1] + 0 ", cuda " n[2] + 0; exit 1 }
-            for (i = 1; i <= 2; i++) { mean[i] = s[i] / n[i]; spread[i] = sqrt(q[i] / n[i] - mean[i] ^ 2) }
-            for (k = 400; k <= 500; k++) apart += ((x[1, k] - x[2, k]) ^ 2) / 101
-            print "mean_loss_cpu", "mean_loss_cuda", "spread_cpu", "spread_cuda", "rms_of_step_differences"
+            for (i = 1; i <= 2; i++) { mean[i] = s[i] / 101; spread[i] = sqrt(q[i] / 101 - mean[i] ^ 2) }
+            for (k = 400; k <= 500; k++) apart += (x[1, k] - x[2, k]) ^ 2 / 101
+            print "mean_loss_cpu\tmean_loss_cuda\tspread_cpu\tspread_cuda\trms_of_step_differences"
             printf "%.5f\t%.5f\t%.5f\t%.5f\t%.5f\n", mean[1], mean[2], spread[1], spread[2], sqrt(apart)
             d = mean[1] - mean[2]
             exit !((d < 0 ? -d : d) <= spread[1])
         }' "$work/cpu/log.tsv" "$work/cuda/log.tsv" >> "$folder/training.tsv"
-    local status=$?
-    add "$(tail -1 "$folder/training.tsv" | awk -F'\t' 'NF == 5 { print "mean loss " $1 " cpu, " $2 " cuda, spread " $3; next } { print }')"
+    status=$?
+    add "$(tail -1 "$folder/training.tsv" | awk -F'\t' '{ print NF < 5 ? $0 : "mean loss " $1 " cpu, " $2 " cuda, spread " $3 " and " $4 }')"
     return $status
 }
 
@@ -169,7 +186,8 @@ int main(int argc, char **argv) {
         for (int k = 0; k < 4; k++) *lengths[k] *= 4;
         s.mask_offset = 0;
         int16_t *large = malloc((size_t)s.rows * s.cols * sizeof *large);
-        for (int y = 0; y < s.rows; y++) for (int x = 0; x < s.cols; x++) large[y * s.cols + x] = pixels[y / 4 * cols + x / 4];
+        for (int y = 0; y < s.rows; y++)
+            for (int x = 0; x < s.cols; x++) large[y * s.cols + x] = pixels[y / 4 * cols + x / 4];
         shard_writer_add(&w, &s, large, NULL);
         free(large);
     }
@@ -196,48 +214,58 @@ batch_of() { case $1 in tiny) echo 32 ;; S | B) echo 128 ;; L) echo 64 ;; g) ech
 # MODEL BATCH: 16 steps, tiny 100. The run ends by itself, with the checkpoint that every run ends with, but for g: its checkpoint
 # would be 20 GB, so it is killed once the rows are there.
 timed_run() {
-    local steps=16 out=$work/run-$1 pid
+    local out=$work/run-$1 pid stop
+    steps=16
     [ "$1" = tiny ] && steps=100
+    [ "$1" = g ] && stop= || stop="--steps $steps"
     rm -rf "$out"
-    ./train_curia --device cuda $(shape "$1") --data "$data" --set run.save_every=0 --batch-size "$2" --out "$out" \
-        $([ "$1" != g ] && echo --steps $steps) > "$work/run.txt" 2>&1 &
+    ./train_curia --device cuda $(shape "$1") --data "$data" --set run.save_every=0 --batch-size "$2" --out "$out" $stop \
+        > "$work/run.txt" 2>&1 &
     pid=$!
-    background[1]=$pid
     while kill -0 $pid 2> /dev/null; do
-        [ $SECONDS -ge $end ] && echo 'no time left'
-        if [ $SECONDS -ge $end ] || { [ "$1" = g ] && [ "$(wc -l 2> /dev/null < "$out/log.tsv")" -gt $steps ]; }; then kill -KILL $pid; fi
+        [ $SECONDS -ge $end ] && { kill -KILL $pid; echo 'ran out of time' >> "$work/run.txt"; }
+        [ -z "$stop" ] && [ "$(rows "$out/log.tsv")" -gt $steps ] && kill -KILL $pid
         sleep 0.1
     done
     wait $pid
+    echo "$1, batch $2: status $?"
     cat "$work/run.txt"
-    [ "$(wc -l 2> /dev/null < "$out/log.tsv")" -gt $steps ]
+    [ "$(rows "$out/log.tsv")" -gt $steps ]
 }
 
 speed() {
     local model batch least seconds bad=0
-    phantom_ready && large_slices || { note='no slices'; return 1; }
     data=$work/slices
-    echo '# slices of about 512 x 512: the phantom enlarged; median of the last 10 steps (tiny: 100 steps of 448 to 576 pixel slices)' >> "$folder/speed.tsv"
-    printf 'model\tbatch\tms_per_step\timages_per_s\tMFU_percent\tfloor_percent\tGFLOP_per_image\tfloor_images_per_s\tpeak_TFLOP_per_s\tcopy_TB_per_s\tGPU_MiB\twaited_for_data_percent\n' >> "$folder/speed.tsv"
+    phantom_ready && large_slices || { note='no slices'; return 1; }
+    {
+        echo '# slices of 352 to 576 pixels a side: the phantom, each pixel 4 x 4 times; median of the last 10 of 16 steps (tiny: of 100)'
+        printf 'model\tbatch\tms_per_step\timages_per_s\tMFU_percent\tfloor_percent\tGFLOP_per_image\tfloor_images_per_s\t'
+        printf 'peak_TFLOP_per_s\tcopy_TB_per_s\tGPU_MiB\twaited_for_data_percent\n'
+    } >> "$folder/speed.tsv"
     for model in $models; do
         batch=$(batch_of $model) least=$(($(batch_of $model) / 8))
         until timed_run $model $batch; do
             batch=$((batch / 2))
-            [ $batch -lt $least ] || [ $SECONDS -ge $end ] && { add "$model: $(tail -1 "$work/run.txt" | cut -c1-200)"; bad=1; continue 2; }
+            if [ $batch -lt $least ] || [ $SECONDS -ge $end ]; then
+                add "$model: $(tail -1 "$work/run.txt" | cut -c1-200)"
+                bad=1
+                continue 2
+            fi
         done
         seconds=$(tail -10 "$work/run-$model/log.tsv" | awk '{ print $NF }' | median)
         # "this device: P TFLOP/s in a large product, C TB/s in a copy; a step takes O GFLOP an image, so at most M img/s"
         tr '\r' '\n' < "$work/run.txt" | awk -v model=$model -v batch=$batch -v s="$seconds" '
             function before(word,  i) { for (i = 2; i <= NF; i++) if (index($i, word) == 1) return $(i - 1); return "" }
+            function after(word,  i) { for (i = 1; i < NF; i++) if ($i == word) return $(i + 1) + 0; return "" }
             /^this device:/ { peak = before("TFLOP/s"); copy = before("TB/s"); work = before("GFLOP"); most = before("img/s") }
-            /^GPU memory, MiB:/ { for (i = 1; i < NF; i++) if ($i == "total") mib = $(i + 1) + 0 }
-            /waited for data/ { for (i = 1; i < NF; i++) if ($i == "data") waited = $(i + 1) }
+            /^GPU memory, MiB:/ { mib = after("gradients") + after("optimiser") + after("activations") + after("logits") + after("workspace") }
+            /waited for data/ { waited = after("data") }
             END {
                 rate = batch / s
                 printf "%s\t%d\t%.2f\t%.1f\t%.1f\t%.1f\t%s\t%s\t%s\t%s\t%s\t%s\n", model, batch, 1000 * s, rate,
                     peak ? 100 * rate * work / (1000 * peak) : 0, most ? 100 * rate / most : 0, work, most, peak, copy, mib, waited
             }' >> "$folder/speed.tsv"
-        add "$model $(tail -1 "$folder/speed.tsv" | awk -F'\t' '{ print $4 " img/s, MFU " $5 " %" }')"
+        add "$model $(tail -1 "$folder/speed.tsv" | awk -F'\t' '{ print $4 " img/s, MFU " $5 " %, floor " $6 " %" }')"
         [ $model = tiny ] || ./train_curia $(shape $model) --batch-size $batch --print-config > "$work/$model.json"
         rm -rf "$work/run-$model"
     done
@@ -246,75 +274,81 @@ speed() {
 
 # The same configurations and batches in PyTorch: eager for each, then compiled, L first, while there is time.
 pytorch() {
-    local model mode bad=0
+    local model mode bad=0 status
     within "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { note='no PyTorch with CUDA'; return 2; }
     printf 'model\tmode\tbatch\tms_per_step\timages_per_s\tpeak_GiB\twarmup_s\tloss\ttorch\tours_over_it\n' >> "$folder/pytorch.tsv"
     for mode in eager $([ $quick ] || echo compile); do
-        for model in $([ $mode = compile ] && echo 'L B S g' || echo "$models"); do
+        for model in L S B g; do
             [ -f "$work/$model.json" ] || continue
             [ $mode = compile ] && [ $((end - SECONDS)) -lt 20 ] && { add "$model compiled: no time left"; continue; }
-            if within "$python" dev/bench/gpu_step.py "$work/$model.json" --mode $mode > "$work/out"; then
-                awk -F'\t' -v OFS='\t' -v model=$model '!/^#/ && $1 == model { ours = $4 } FILENAME != ARGV[1] && FNR == 2 { print model, $0, sprintf("%.2f", ours / $4) }' \
-                    "$folder/speed.tsv" "$work/out" >> "$folder/pytorch.tsv"
+            within "$python" dev/bench/gpu_step.py "$work/$model.json" --mode $mode > "$work/out"
+            status=$?
+            if [ $status = 0 ]; then
+                awk -F'\t' -v OFS='\t' -v model=$model '
+                    NR == FNR { if ($1 == model) ours = $4; next }
+                    FNR == 2 { print model, $0, sprintf("%.2f", ours / $4) }' "$folder/speed.tsv" "$work/out" >> "$folder/pytorch.tsv"
                 add "$model $mode $(tail -1 "$folder/pytorch.tsv" | awk -F'\t' '{ print $5 " img/s, ours " $10 " times that" }')"
             else
-                add "$model $mode: status $?"
+                add "$model $mode: $(ended $status)"
                 [ $mode = compile ] || bad=1
             fi
         done
     done
+    [ "$(rows "$folder/pytorch.tsv")" -gt 2 ] || { add 'no configuration was timed'; return 1; }
     [ $bad = 0 ]
 }
 
-# One step of L, kernel by kernel. ncu measures a window of launches well after the first steps; update_matrices_kernel ends a step.
+# One step of L, kernel by kernel. ncu measures a window of launches after the first steps; update_matrices_kernel ends each step.
 kernels() {
-    local metrics=gpu__time_duration.sum,dram__bytes.sum operations=sm__ops_path_tensor_src_bf16_dst_fp32 run peak copy status
+    local metrics=gpu__time_duration.sum,dram__bytes.sum operations=sm__ops_path_tensor_src_bf16_dst_fp32 batch peak copy run
     [ $quick ] && { note=--quick; return 2; }
-    read -r peak copy <<< "$(awk -F'\t' '$1 == "L" { print $9, $10 }' "$folder/speed.tsv")"
     [ -d "$work/slices" ] || { note='no slices'; return 1; }
-    run="./train_curia --device cuda $(shape L) --data $work/slices --set run.save_every=0 --batch-size $(awk -F'\t' '$1 == "L" { b = $2 } END { print b ? b : 16 }' "$folder/speed.tsv") --out $work/profile"
+    read -r batch peak copy <<< "$(awk -F'\t' '$1 == "L" { print $2, $9, $10 }' "$folder/speed.tsv")"
+    [ "$copy" ] || { note='L did not run'; return 1; }
+    run="./train_curia --device cuda $(shape L) --data $work/slices --set run.save_every=0 --batch-size $batch --out $work/profile"
     if command -v ncu > /dev/null; then
-        within ncu --query-metrics 2> /dev/null | grep -q "^$operations" && metrics=$metrics,$operations.sum
-        within ncu --csv --page raw --print-units base --kernel-name-base function --clock-control none --cache-control none --metrics $metrics \
-            --launch-skip 4000 --launch-count 3200 --kill yes --log-file "$work/ncu.csv" $run --steps 9
-        echo "ncu: status $?"
+        within ncu --query-metrics 2> /dev/null | grep "^$operations" > /dev/null && metrics=$metrics,$operations.sum
+        within ncu --csv --page raw --print-units base --kernel-name-base function --clock-control none --cache-control none \
+            --metrics $metrics --launch-skip 4000 --launch-count 3200 --kill yes --log-file "$work/ncu.csv" $run --steps 9
+        echo "ncu: $(ended $?)"
         grep -v '^"' "$work/ncu.csv" | tail -20
-        awk -v peak="${peak:-0}" -v copy="${copy:-0}" -f - "$work/ncu.csv" > "$work/table" << 'END'
-BEGIN { FS = "\",\""; OFS = "\t" }
-!/^"/ { next }
-{ gsub(/^"|"$/, "") ; $1 = $1 "" }
-$1 == "ID" { for (i = 1; i <= NF; i++) column[$i] = i; next }
-$1 !~ /^[0-9]/ { next }
-{
-    name = $column["Kernel Name"]; ms = number("gpu__time_duration.sum") / 1e6; GB = number("dram__bytes.sum") / 1e9
-    TFLOP = number("sm__ops_path_tensor_src_bf16_dst_fp32.sum") / 1e12
-    if (inside) { launches[name]++; time[name] += ms; bytes[name] += GB; work[name] += TFLOP; all++; time_all += ms; bytes_all += GB; work_all += TFLOP }
-    if (name ~ /update_matrices_kernel/) { if (inside) { whole = 1; exit } inside = 1 }
-}
-function number(metric,  x) { if (!(metric in column)) return 0; x = $column[metric]; gsub(/,/, "", x); return x + 0 }
-function row(name, n, ms, GB, TFLOP) {
-    printf "%s\t%d\t%.3f\t%.1f\t%.3f\t%.0f\t%.1f\t%.3f\t%.1f\t%.1f\n", name, n, ms, 100 * ms / time_all, GB, ms ? 1000 * GB / ms : 0,
-        copy && ms ? 100 * GB / ms / copy : 0, TFLOP, ms ? 1000 * TFLOP / ms : 0, peak && ms ? 100 * 1000 * TFLOP / ms / peak : 0
-}
-END {
-    if (!whole) exit 1
-    for (name in time) row(name, launches[name], time[name], bytes[name], work[name])
-    row("all", all, time_all, bytes_all, work_all)
-}
-END
-        status=$?
-        printf 'kernel\tlaunches\ttotal_ms\tshare_percent\tGB\tGB_per_s\tpercent_of_copy\ttensor_TFLOP\tTFLOP_per_s\tpercent_of_product\n' >> "$folder/kernels.tsv"
-        sort -t "$(printf '\t')" -k3,3gr "$work/table" >> "$folder/kernels.tsv"
-        [ $status = 0 ] && { add "ncu: $(wc -l < "$work/table") rows of one step of L"; return 0; }
+        if awk -v peak="$peak" -v copy="$copy" -v operations=$operations.sum '
+            function number(metric,  x) { if (!(metric in column)) return 0; x = $column[metric]; gsub(/,/, "", x); return x + 0 }
+            function row(name, n, ms, GB, TFLOP) {
+                printf "%s\t%d\t%.3f\t%.1f\t%.3f\t%.0f\t%.1f\t%.3f\t%.1f\t%.1f\n", name, n, ms, 100 * ms / time["all"], GB,
+                    1000 * GB / ms, 100 * GB / ms / copy, TFLOP, 1000 * TFLOP / ms, 1e5 * TFLOP / ms / peak
+            }
+            function count(name) { launches[name]++; time[name] += ms; bytes[name] += GB; work[name] += TFLOP }
+            BEGIN { FS = "\",\"" }
+            { gsub(/^"|"$/, "") }
+            $1 == "ID" { for (i = 1; i <= NF; i++) column[$i] = i; next }
+            $1 !~ /^[0-9]+$/ || whole { next }
+            {
+                name = $column["Kernel Name"]; GB = number("dram__bytes.sum") / 1e9
+                ms = number("gpu__time_duration.sum") / 1e6; TFLOP = number(operations) / 1e12
+                if (inside) { count(name); count("all") }
+                if (name ~ /update_matrices_kernel/) { whole = inside; inside = 1 }
+            }
+            END { for (name in time) row(name, launches[name], time[name], bytes[name], work[name]); exit !whole }' \
+            "$work/ncu.csv" > "$work/table"; then
+            printf 'kernel\tlaunches\ttotal_ms\tshare_percent\tGB\tGB_per_s\tpercent_of_copy\t' >> "$folder/kernels.tsv"
+            printf 'tensor_TFLOP\tTFLOP_per_s\tpercent_of_product\n' >> "$folder/kernels.tsv"
+            sort -t "$(printf '\t')" -k3,3gr "$work/table" >> "$folder/kernels.tsv"
+            add "ncu: $(($(rows "$work/table") - 1)) kernels in one step of L, $(awk -F'\t' '$1 == "all" { print $2 " launches, " $3 " ms" }' "$work/table")"
+            return 0
+        fi
         add 'ncu gave no whole step'
     fi
-    command -v nsys > /dev/null || { add 'no ncu that works, no nsys'; [ -f "$work/ncu.csv" ] && return 1; return 2; }
+    command -v nsys > /dev/null || { add 'no nsys'; command -v ncu > /dev/null && return 1; add 'no ncu'; return 2; }
     rm -rf "$work/profile"
-    within nsys profile --trace=cuda -o "$work/nsys" $run --steps 6 && within nsys stats --report cuda_gpu_kern_sum --format tsv "$work/nsys.nsys-rep" > "$work/table" ||
-        { add 'nsys failed'; return 1; }
-    echo "# nsys: sums over 6 steps of L and the measuring of the peaks" >> "$folder/kernels.tsv"
-    cat "$work/table" >> "$folder/kernels.tsv"
-    add 'nsys: sums over 6 steps of L'
+    if within nsys profile --trace=cuda -o "$work/nsys" $run --steps 6 &&
+        within nsys stats --report cuda_gpu_kern_sum --format tsv "$work/nsys.nsys-rep" > "$work/table"; then
+        echo '# nsys: sums over 6 steps of L and the measuring of the peaks' | cat - "$work/table" >> "$folder/kernels.tsv"
+        add 'nsys: sums over 6 steps of L'
+    else
+        add 'nsys failed'
+        return 1
+    fi
 }
 
 part build 130 build

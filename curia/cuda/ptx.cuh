@@ -111,6 +111,7 @@ __device__ static inline void mma_by_shuffles(float c[4], const float2 a[4], con
     int lane = threadIdx.x % WARP, row = lane / 4 * 4, column = lane % 4 * 8;
     #pragma unroll
     for (int half = 0; half < 2; half++)
+        #pragma unroll 1                    // else the compiler begins so many shuffles that registers do not suffice
         for (int t = 0; t < 4; t++) {       // the lane of four that holds k = 8 half + 2t, 2t + 1
             float2 upper = pair_of_lane(a[2 * half], row + t), lower = pair_of_lane(a[2 * half + 1], row + t);
             float2 even = pair_of_lane(b[half], column + t), odd = pair_of_lane(b[half], column + 4 + t);

@@ -170,7 +170,8 @@ __global__ void outside_kernel(void) { __syncwarp(0xfu); }
 __global__ void mixed_kernel(void) { threadIdx.x < 5 ? __syncthreads() : __syncwarp(); }
 __global__ void overrun_kernel(int n) {
     __shared__ int x[8];
-    x[n] = 1;
+    int *p = x;
+    p[n] = 1;
 }
 __global__ void wild_kernel(int *p) { *p = 1; }
 static float *hidden;
