@@ -52,7 +52,7 @@ TESTS := $(BUILD)/test_formats $(BUILD)/test_data $(BUILD)/test_evaluate $(BUILD
 HEADERS := $(wildcard *.h curia/*.h prep/*.h dev/test/*.h)
 PACKAGES := g++ libgdcm-dev libnifti2-dev libisal-dev zlib1g-dev libpng-dev
 
-.PHONY: all found deps run test tests emu ptxas fuzz kill-prep clean
+.PHONY: all found deps run test tests emu ptxas gpu-check mutate fuzz kill-prep clean
 all: found $(addprefix $(PREFIX),$(PROGRAMS))
 
 found:
@@ -132,14 +132,24 @@ $(EMU)/%_fp32: $(EMU)/dev/test/%.cu $(EMU_SOURCES) $(EMU_RUNTIME)
 ptxas:
 	dev/ptxas.sh $(NVCC) > dev/results/ptxas.tsv
 
+# SHARED names the folder with golden files (golden/) and scans (data/).
+SHARED ?= ../shared
+
+# On a GPU machine: build, checker, sanitizers, training, speed beside PyTorch, a table of kernels. Under ten minutes; QUICK=1: fewer.
+gpu-check:
+	@GOLDEN='$(or $(GOLDEN),$(SHARED)/golden)' dev/gpu_check.sh $(if $(QUICK),--quick)
+
+# Every barrier and bound check of the CUDA backend deleted in turn: which does a test notice?
+mutate: emu
+	SHARED='$(SHARED)' dev/mutate.sh > dev/results/mutations.tsv; tail -1 dev/results/mutations.tsv
+
 # prep killed at random moments, KILL_RUNS times over.
 KILL_RUNS ?= 100
 kill-prep: all
 	dev/test/kill_prep.sh ./prep/prep $(SHARED)/data $(KILL_RUNS)
 
-# Damaged scans into prep for FUZZ_SECONDS; SHARED names the folder whose data/ they are made from.
+# Damaged scans into prep for FUZZ_SECONDS.
 FUZZ_SECONDS ?= 3600
-SHARED ?= ../shared
 fuzz: $(BUILD)/fuzz_prep all
 	$(BUILD)/fuzz_prep ./prep/prep $(SHARED)/data $(FUZZ_SECONDS)
 

@@ -854,8 +854,8 @@ static const Case device_cases[] = {
 };
 enum { DEVICE_QUICK = 6 };
 
-// Everything a step leaves behind, by name: losses, outputs, gradients, new parameters, moments, centres.
-typedef struct { StepResult result; char (*names)[160]; double **values; size_t *sizes; int count; } StepRecord;
+// Everything a step leaves behind, by name: outputs, gradients, new parameters, moments, centres; the losses also of a second one.
+typedef struct { StepResult result[2]; char (*names)[160]; double **values; size_t *sizes; int count; } StepRecord;
 
 static void record_tensor(StepRecord *x, const Backend *backend, Model *m, const char *prefix, const char *name) {
     char *label = x->names[x->count];
@@ -864,10 +864,12 @@ static void record_tensor(StepRecord *x, const Backend *backend, Model *m, const
     if (!n) return;
     x->values[x->count] = xmalloc(n * sizeof(double), label);
     backend->read(m, label, DTYPE_F64, x->values[x->count]);
+    if (starts(label, "optim.exp_avg_sq."))             // in the gradient's unit: a square has twice its relative error
+        for (size_t i = 0; i < n; i++) x->values[x->count][i] = sqrt(x->values[x->count][i]);
     x->sizes[x->count++] = n;
 }
 
-// Two steps from random weights.
+// From random weights.
 static StepRecord record_steps(const Backend *backend, const Config *c, RandomBatch *batch) {
     TensorTable t = tensors_build(c, 1);
     Model *m = backend->create(c, &t, 1);
@@ -879,16 +881,14 @@ static StepRecord record_steps(const Backend *backend, const Config *c, RandomBa
         batch->b.step = step;
         batch->b.schedule = schedule_at(c, step);
         backend->begin(m, &batch->b);
-        backend->end(m, &x.result);
+        backend->end(m, &x.result[step]);
         if (step) break;
-        for (int i = 0; i < t.count; i++) record_tensor(&x, backend, m, "grad.", t.tensors[i].name);
-        static const char *const outputs[] = {"out.cls", "out.patch", "out.teacher_cls"};
-        for (int i = 0; i < 3; i++) record_tensor(&x, backend, m, "", outputs[i]);
+        static const char *const prefixes[] = {"grad.", "student.", "teacher.", "optim.exp_avg.", "optim.exp_avg_sq."};
+        static const char *const others[] = {"out.cls", "out.patch", "out.teacher_cls", "center.dino", "center.ibot"};
+        for (int p = 0; p < 5; p++) for (int i = 0; i < t.count; i++) record_tensor(&x, backend, m, prefixes[p], t.tensors[i].name);
+        int count = c->teacher_centering != CENTERING_SOFTMAX ? 3 : c->ibot_weight > 0 ? 5 : 4;
+        for (int i = 0; i < count; i++) record_tensor(&x, backend, m, "", others[i]);
     }
-    static const char *const prefixes[] = {"student.", "teacher.", "optim.exp_avg.", "optim.exp_avg_sq."};
-    for (int p = 0; p < 4; p++) for (int i = 0; i < t.count; i++) record_tensor(&x, backend, m, prefixes[p], t.tensors[i].name);
-    if (c->teacher_centering == CENTERING_SOFTMAX) record_tensor(&x, backend, m, "", "center.dino");
-    if (c->teacher_centering == CENTERING_SOFTMAX && c->ibot_weight > 0) record_tensor(&x, backend, m, "", "center.ibot");
     backend->destroy(m);
     free(t.tensors);
     return x;
@@ -913,7 +913,7 @@ static double record_difference(const StepRecord *a, const StepRecord *b) {
         const double *other = recorded(b, a->names[i], &n);
         for (size_t k = 0; other && k < n; k++) different += memcmp(&a->values[i][k], &other[k], sizeof(double)) != 0;
     }
-    return (double)(different + (memcmp(&a->result, &b->result, sizeof a->result) != 0));
+    return (double)(different + (memcmp(a->result, b->result, sizeof a->result) != 0));
 }
 
 // Every tensor of b against a's: the worst one is named.
@@ -921,8 +921,8 @@ static void record_compare(const char *label, const StepRecord *a, const StepRec
     double worst = 0;
     const char *name = "";
     char line[512];
-    const double *x = &a->result.loss, *y = &b->result.loss;
-    for (size_t i = 0; i < sizeof a->result / sizeof(double); i++) {
+    const double *x = (const double *)a->result, *y = (const double *)b->result;
+    for (size_t i = 0; i < 2 * sizeof(StepResult) / sizeof(double); i++) {
         double error = fabs(x[i] - y[i]) / (x[i] != 0 ? fabs(x[i]) : 1);
         if (!(error <= worst)) worst = error, name = "a loss or a measure";
     }
@@ -977,7 +977,7 @@ static void test_device_case(const Device *d, const Case *k) {
     snprintf(label, sizeof label, "%s: 16-bit values that differ in a second run", k->name);
     check(label, record_difference(&half[0], &half[1]), 0);
     snprintf(label, sizeof label, "%s: 16-bit loss", k->name);
-    check(label, fabs(half[0].result.loss - fp32.result.loss) / fabs(fp32.result.loss), 0.02);
+    check(label, fabs(half[0].result[1].loss - fp32.result[1].loss) / fabs(fp32.result[1].loss), 0.02);
     for (int i = 0; i < 2; i++) record_free(&half[i]);
     record_free(&fp32);
     random_batch_free(&batch);

@@ -4,9 +4,9 @@
 #
 #   dev/gpu_check.sh [--quick]      --quick: fewer random cases, two models, no 500 steps, no torch.compile, no kernel table
 #
-# nvcc and a C compiler are enough. With PyTorch (PYTHON, default python3) its step is timed beside ours; with compute-sanitizer, ncu
-# or nsys these are used. GOLDEN names the folder of golden files (default ../shared/golden), RESULTS where the results go (default
-# dev/results: a folder <device>-<date> in it). Clocks and other settings of the GPU are left as they are.
+# nvcc and a C compiler are enough. With PyTorch (PYTHON, default python3) its step is timed beside ours; compute-sanitizer, ncu
+# and nsys are used where they are. GOLDEN names the folder of golden files (default ../shared/golden), RESULTS the folder
+# for the results (default dev/results; they go into <device>-<date> in it). Clocks and other settings of the GPU are left alone.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 unset MAKEFLAGS MFLAGS MAKELEVEL
@@ -68,7 +68,7 @@ counted() {
     [ "$status" != 0 ] && [ "${f:-0}" = 0 ] && { f=1; add "$(basename "$1"): $(ended $status)"; }
     good=$((good + ${p:-0})) bad=$((bad + ${f:-1}))
 }
-counts() { add "$good passed, $bad failed"; [ $bad = 0 ]; }
+counts() { add "$good passed, $bad failed"; [ $bad = 0 ] && [ $good -gt 0 ]; }
 
 # Everything that nvcc compiles at once, and then the CPU's run of part 5, which makes the phantom, beside parts 2 to 4.
 build() {
@@ -117,7 +117,8 @@ phantom_ready() {
     [ -d data/phantom ]
 }
 
-# The four tools side by side. racecheck and synccheck leave out cuBLASLt's kernels, whose products at the start would take them hours.
+# The four tools side by side. racecheck and synccheck leave out cuBLASLt's kernels: the large products that measure the
+# peak at the start would take them minutes. The other two follow every write and read.
 sanitizers() {
     local tool only filter=--kernel-regex jobs=() i=0 status bad=0 refused=
     command -v compute-sanitizer > /dev/null || { note='no compute-sanitizer'; return 2; }
@@ -125,8 +126,8 @@ sanitizers() {
     compute-sanitizer --help | grep -- --kernel-name > /dev/null && filter=--kernel-name
     for tool in memcheck racecheck synccheck initcheck; do
         case $tool in racecheck | synccheck) only="$filter kns=_kernel" ;; *) only= ;; esac
-        within compute-sanitizer --tool $tool --error-exitcode 9 $only ./train_curia --device cuda $tiny --batch-size 2 --steps 2 \
-            --out "$work/$tool" > "$work/$tool.txt" 2>&1 &
+        within compute-sanitizer --tool $tool --error-exitcode 9 $only \
+            ./train_curia --device cuda $tiny --batch-size 2 --steps 2 --out "$work/$tool" > "$work/$tool.txt" 2>&1 &
         jobs+=($!)
     done
     for tool in memcheck racecheck synccheck initcheck; do
@@ -135,7 +136,9 @@ sanitizers() {
         echo "--- $tool: status $status"
         cat "$work/$tool.txt"
         grep -qi 'device not supported' "$work/$tool.txt" && refused=1
-        [ $status = 0 ] || { add "$tool: $(ended $status) $(grep SUMMARY "$work/$tool.txt" | tail -1 | sed 's/^=* *//')"; bad=1; }
+        [ $status = 0 ] && continue
+        add "$tool: $(ended $status) $(grep SUMMARY "$work/$tool.txt" | tail -1 | sed 's/^=* *//')"
+        bad=1
     done
     [ $refused ] && { note='this driver refuses compute-sanitizer'; return 2; }
     [ $bad = 0 ] && add 'memcheck, racecheck, synccheck, initcheck: no errors'
@@ -162,7 +165,8 @@ training() {
             exit !((d < 0 ? -d : d) <= spread[1])
         }' "$work/cpu/log.tsv" "$work/cuda/log.tsv" >> "$folder/training.tsv"
     status=$?
-    add "$(tail -1 "$folder/training.tsv" | awk -F'\t' '{ print NF < 5 ? $0 : "mean loss " $1 " cpu, " $2 " cuda, spread " $3 " and " $4 }')"
+    add "$(tail -1 "$folder/training.tsv" |
+        awk -F'\t' '{ print NF < 5 ? $0 : "mean loss " $1 " cpu, " $2 " cuda, spread " $3 " and " $4 }')"
     return $status
 }
 
@@ -238,7 +242,7 @@ speed() {
     data=$work/slices
     phantom_ready && large_slices || { note='no slices'; return 1; }
     {
-        echo '# slices of 352 to 576 pixels a side: the phantom, each pixel 4 x 4 times; median of the last 10 of 16 steps (tiny: of 100)'
+        echo '# slices of 352 to 576 pixels a side: the phantom, each pixel 4 x 4 times; medians of 10 steps after 6 (tiny: 90)'
         printf 'model\tbatch\tms_per_step\timages_per_s\tMFU_percent\tfloor_percent\tGFLOP_per_image\tfloor_images_per_s\t'
         printf 'peak_TFLOP_per_s\tcopy_TB_per_s\tGPU_MiB\twaited_for_data_percent\n'
     } >> "$folder/speed.tsv"
@@ -258,12 +262,15 @@ speed() {
             function before(word,  i) { for (i = 2; i <= NF; i++) if (index($i, word) == 1) return $(i - 1); return "" }
             function after(word,  i) { for (i = 1; i < NF; i++) if ($i == word) return $(i + 1) + 0; return "" }
             /^this device:/ { peak = before("TFLOP/s"); copy = before("TB/s"); work = before("GFLOP"); most = before("img/s") }
-            /^GPU memory, MiB:/ { mib = after("gradients") + after("optimiser") + after("activations") + after("logits") + after("workspace") }
+            /^GPU memory, MiB:/ {
+                mib = after("gradients") + after("optimiser") + after("activations") + after("logits") + after("workspace")
+            }
             /waited for data/ { waited = after("data") }
             END {
                 rate = batch / s
                 printf "%s\t%d\t%.2f\t%.1f\t%.1f\t%.1f\t%s\t%s\t%s\t%s\t%s\t%s\n", model, batch, 1000 * s, rate,
-                    peak ? 100 * rate * work / (1000 * peak) : 0, most ? 100 * rate / most : 0, work, most, peak, copy, mib, waited
+                    peak ? 100 * rate * work / (1000 * peak) : 0, most ? 100 * rate / most : 0,
+                    work, most, peak, copy, mib, waited
             }' >> "$folder/speed.tsv"
         add "$model $(tail -1 "$folder/speed.tsv" | awk -F'\t' '{ print $4 " img/s, MFU " $5 " %, floor " $6 " %" }')"
         [ $model = tiny ] || ./train_curia $(shape $model) --batch-size $batch --print-config > "$work/$model.json"
@@ -276,7 +283,8 @@ speed() {
 pytorch() {
     local model mode bad=0 status
     within "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { note='no PyTorch with CUDA'; return 2; }
-    printf 'model\tmode\tbatch\tms_per_step\timages_per_s\tpeak_GiB\twarmup_s\tloss\ttorch\tours_over_it\n' >> "$folder/pytorch.tsv"
+    printf 'model\tmode\tbatch\tms_per_step\timages_per_s\tpeak_GiB\twarmup_s\tloss\ttorch\tours_over_it\n' \
+        >> "$folder/pytorch.tsv"
     for mode in eager $([ $quick ] || echo compile); do
         for model in L S B g; do
             [ -f "$work/$model.json" ] || continue
@@ -286,7 +294,8 @@ pytorch() {
             if [ $status = 0 ]; then
                 awk -F'\t' -v OFS='\t' -v model=$model '
                     NR == FNR { if ($1 == model) ours = $4; next }
-                    FNR == 2 { print model, $0, sprintf("%.2f", ours / $4) }' "$folder/speed.tsv" "$work/out" >> "$folder/pytorch.tsv"
+                    FNR == 2 { print model, $0, sprintf("%.2f", ours / $4) }' \
+                    "$folder/speed.tsv" "$work/out" >> "$folder/pytorch.tsv"
                 add "$model $mode $(tail -1 "$folder/pytorch.tsv" | awk -F'\t' '{ print $5 " img/s, ours " $10 " times that" }')"
             else
                 add "$model $mode: $(ended $status)"
@@ -298,14 +307,15 @@ pytorch() {
     [ $bad = 0 ]
 }
 
-# One step of L, kernel by kernel. ncu measures a window of launches after the first steps; update_matrices_kernel ends each step.
+# One step of L, kernel by kernel: ncu measures a window of launches after the first steps; update_matrices_kernel ends a step.
 kernels() {
     local metrics=gpu__time_duration.sum,dram__bytes.sum operations=sm__ops_path_tensor_src_bf16_dst_fp32 batch peak copy run
     [ $quick ] && { note=--quick; return 2; }
     [ -d "$work/slices" ] || { note='no slices'; return 1; }
     read -r batch peak copy <<< "$(awk -F'\t' '$1 == "L" { print $2, $9, $10 }' "$folder/speed.tsv")"
     [ "$copy" ] || { note='L did not run'; return 1; }
-    run="./train_curia --device cuda $(shape L) --data $work/slices --set run.save_every=0 --batch-size $batch --out $work/profile"
+    run="./train_curia --device cuda $(shape L) --data $work/slices --set run.save_every=0 --out $work/profile"
+    run="$run --batch-size $batch"
     if command -v ncu > /dev/null; then
         within ncu --query-metrics 2> /dev/null | grep "^$operations" > /dev/null && metrics=$metrics,$operations.sum
         within ncu --csv --page raw --print-units base --kernel-name-base function --clock-control none --cache-control none \
@@ -331,10 +341,12 @@ kernels() {
             }
             END { for (name in time) row(name, launches[name], time[name], bytes[name], work[name]); exit !whole }' \
             "$work/ncu.csv" > "$work/table"; then
-            printf 'kernel\tlaunches\ttotal_ms\tshare_percent\tGB\tGB_per_s\tpercent_of_copy\t' >> "$folder/kernels.tsv"
-            printf 'tensor_TFLOP\tTFLOP_per_s\tpercent_of_product\n' >> "$folder/kernels.tsv"
-            sort -t "$(printf '\t')" -k3,3gr "$work/table" >> "$folder/kernels.tsv"
-            add "ncu: $(($(rows "$work/table") - 1)) kernels in one step of L, $(awk -F'\t' '$1 == "all" { print $2 " launches, " $3 " ms" }' "$work/table")"
+            {
+                printf 'kernel\tlaunches\ttotal_ms\tshare_percent\tGB\tGB_per_s\tpercent_of_copy\t'
+                printf 'tensor_TFLOP\tTFLOP_per_s\tpercent_of_product\n'
+                sort -t "$(printf '\t')" -k3,3gr "$work/table"
+            } >> "$folder/kernels.tsv"
+            add "ncu: one step of L, $(awk -F'\t' '$1 == "all" { print $2 " launches, " $3 " ms" }' "$work/table")"
             return 0
         fi
         add 'ncu gave no whole step'

@@ -1,35 +1,44 @@
 #!/bin/bash
-# Is every barrier, wait and bound check of the CUDA backend held by a test? Each is deleted in turn, the emulated backend is built
-# with the address sanitizer, and the checker runs under two schedules; a deletion that nothing notices is a line of the result.
-#   dev/mutate.sh [FIRST [LAST]]      the mutations by number; without numbers, all of them (an hour or two on two cores)
+# Is every barrier, wait and bound check of the CUDA backend held by a test? Each is deleted in turn, the emulated build is made
+# again with the address sanitizer, and the tests of that file run under two schedules; golden files are needed (SHARED).
+#   dev/mutate.sh [FIRST [LAST]]      the mutations by number; without numbers, all of them (most of an hour on two cores)
 # TSV on stdout: number, file:line, noticed or survived, the deleted text; then a line with the share noticed.
 set -u
 cd "$(dirname "$0")/.."
 first=${1:-1} last=${2:-1000000}
+shared=$(realpath "${SHARED:-../shared}")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile curia dev prep ./*.c ./*.cu ./*.h "$work"
-grep -nE '__sync(threads|warp)\(|cp_async_wait|cudaStreamWaitEvent|if \([a-z]+ >= [A-Za-z0-9_. ]+\) (return|continue);' \
-    curia/cuda/*.cuh train_curia.cu > "$work/list"
+export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
+pattern='__sync(threads|warp)\(|cp_async_wait<|cudaStreamWaitEvent|if \([a-z]+ >= [A-Za-z0-9_. ]+\) (return|continue);'
+delete='s/(__syncthreads\(\)|__syncwarp\(\)|cp_async_wait<[^>]*>\(\)|CUDA_CHECK\(cudaStreamWaitEvent\(.*\)\)|if \([a-z]+ >= [A-Za-z0-9_. ]+\) (return|continue));/;/'
+arguments=()
+for file in "$shared"/golden/step_*; do arguments+=(--golden "$file"); done
+build() { (cd "$work" && make -s SANITIZE=-fsanitize=address BUILD=b PREFIX=b/ CFLAGS='-O1 -g' CUDA= CUDA_OBJECTS= CUDA_LIBS= "$@"); }
+build b/test_curia > /dev/null 2>&1
 noticed=0 number=0 tried=0
 while IFS=: read -r file line text; do
     number=$((number + 1))
     [ $number -ge "$first" ] && [ $number -le "$last" ] || continue
     tried=$((tried + 1))
-    sed -E "${line}s/(__syncthreads\(\)|__syncwarp\(\)|cp_async_wait<[^>]*>\(\)|CUDA_CHECK\(cudaStreamWaitEvent.*\)|if \([a-z]+ >= [A-Za-z0-9_. ]+\) (return|continue));//" \
-        "$file" > "$work/$file"
-    result=noticed
-    if (cd "$work" && make -s SANITIZE=-fsanitize=address BUILD=build PREFIX=build/ CFLAGS='-O1 -g' CUDA= CUDA_OBJECT= CUDA_OBJECTS= CUDA_LIBS= \
-            emu build/test_curia) > "$work/build.log" 2>&1; then
-        survived=0
+    sed -E "${line}$delete" "$file" > "$work/$file"
+    case $file in
+        *attention.cuh | *ptx.cuh) tests="test_attention_bf16 test_attention_fp32" ;;
+        *losses.cuh | *pixels.cuh) tests="test_layers_bf16 test_layers_fp32" ;;
+        *) tests=backend.so ;;
+    esac
+    result=survived
+    for test in $tests; do
+        build "b/emu/$test" > "$work/log" 2>&1 || { result=noticed; break; }
         for order in forward 7; do
-            (cd "$work/build" && mkdir -p build && ln -sfn ../emu build/emu && ASAN_OPTIONS=detect_leaks=0 CURIA_EMU_ORDER=$order \
-                timeout 600 ./test_curia --device emu --quick) > "$work/run.log" 2>&1 && survived=$((survived + 1))
+            if [ "$test" = backend.so ]; then set -- "$work/b/test_curia" --device emu "${arguments[@]}"; else set -- "$work/b/emu/$test"; fi
+            CURIA_EMU_ORDER=$order timeout 300 "$@" > "$work/log" 2>&1 || { result=noticed; break 2; }
         done
-        [ $survived = 2 ] && result=survived
-    fi
+    done
     [ $result = noticed ] && noticed=$((noticed + 1))
     printf '%d\t%s:%d\t%s\t%s\n' "$number" "$file" "$line" $result "$(echo "$text" | sed 's/^ *//')"
-    cp "$file" "$work/$file"
-done < "$work/list"
+    cp -p "$file" "$work/$file"
+    touch "$work/$file"
+done < <(grep -nE "$pattern" curia/cuda/*.cuh train_curia.cu)
 echo "$noticed of $tried deletions noticed"

@@ -322,7 +322,7 @@ attention_dkdv_kernel(floatX *dk, floatX *dv, const floatX *dout, int out_stride
 
 // As few blocks of at most `most` warps as `rows` need, and as few warps as these need. Returns the blocks.
 static inline int attention_blocks(int rows, int most, int *warps) {
-    int groups = divide_up(rows, GROUP), blocks = divide_up(groups, most);
+    int groups = max(divide_up(rows, GROUP), 1), blocks = divide_up(groups, most);
     *warps = divide_up(groups, blocks);
     return blocks;
 }

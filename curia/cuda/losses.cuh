@@ -69,8 +69,8 @@ __device__ static inline void add_exponentials(float *most, float *sum, const fl
 
 // row_lse[r] = log sum_k exp(l/temp + shift_k). A block takes ROWS_AT_ONCE rows, which share the shifts: those are 4 bytes an
 // element, from L2, beside 2 from memory.
-static __global__ void __launch_bounds__(LSE_BLOCK) row_lse_kernel(float *row_lse, const logitX *logits, const float *shift, int rows,
-                                                            int K, int ld, const float *temp) {
+static __global__ void __launch_bounds__(LSE_BLOCK) row_lse_kernel(float *row_lse, const logitX *logits, const float *shift,
+                                                                   int rows, int K, int ld, const float *temp) {
     int first = blockIdx.x * ROWS_AT_ONCE;
     float inverse = 1 / *temp, most[ROWS_AT_ONCE], sum[ROWS_AT_ONCE];
     for (int i = 0; i < ROWS_AT_ONCE; i++) most[i] = -INFINITY, sum[i] = 0;
@@ -92,8 +92,9 @@ static __global__ void __launch_bounds__(LSE_BLOCK) row_lse_kernel(float *row_ls
 }
 
 // Over a chunk of rows, for every column: the maximum of l/temp and the sum of exp(l/temp - maximum).
-static __global__ void __launch_bounds__(COLUMN_BLOCK) column_lse_kernel(float *part_most, float *part_sum, const logitX *logits,
-                                                                  int rows, int ld, int chunk, const float *temp) {
+static __global__ void __launch_bounds__(COLUMN_BLOCK) column_lse_kernel(float *part_most, float *part_sum,
+                                                                         const logitX *logits, int rows, int ld, int chunk,
+                                                                         const float *temp) {
     int k = (blockIdx.x * blockDim.x + threadIdx.x) * LOGITS, from = blockIdx.y * chunk, to = min(from + chunk, rows);
     if (k >= ld) return;
     float inverse = 1 / *temp;
@@ -115,7 +116,8 @@ static __global__ void __launch_bounds__(COLUMN_BLOCK) column_lse_kernel(float *
 }
 
 // shift[k] = -log sum over all rows of exp(l/temp)
-static __global__ void column_lse_finish_kernel(float *shift, const float *part_most, const float *part_sum, int chunks, int K, int ld) {
+static __global__ void column_lse_finish_kernel(float *shift, const float *part_most, const float *part_sum, int chunks, int K,
+                                                int ld) {
     int k = blockIdx.x * blockDim.x + threadIdx.x;
     if (k >= K) return;
     float most = -INFINITY, sum = 0;
@@ -126,8 +128,8 @@ static __global__ void column_lse_finish_kernel(float *shift, const float *part_
 
 // Over a chunk of rows, for every column: the sum of its targets exp(l/temp + shift_k - row_lse), or of l where row_lse is NULL.
 static __global__ void __launch_bounds__(COLUMN_BLOCK) column_sum_kernel(float *part, const logitX *logits, const float *shift,
-                                                                  const float *row_lse, int rows, int K, int ld, int chunk,
-                                                                  const float *temp) {
+                                                                         const float *row_lse, int rows, int K, int ld,
+                                                                         int chunk, const float *temp) {
     int k = (blockIdx.x * blockDim.x + threadIdx.x) * LOGITS, from = blockIdx.y * chunk, to = min(from + chunk, rows);
     if (k >= ld) return;
     float inverse = 1 / *temp, add[LOGITS];
@@ -290,9 +292,10 @@ __device__ static inline void cross_entropy_row(logitX *d, float *loss, const lo
 }
 
 static __global__ void __launch_bounds__(ENTROPY_BLOCK) dino_kernel(logitX *dlogits, float *row_loss, const logitX *student,
-                                                             const logitX *teacher, const float *shift, const float *row_lse,
-                                                             int B, int K, int ld, float student_temp,
-                                                             const float *teacher_temp, float gain) {
+                                                                    const logitX *teacher, const float *shift,
+                                                                    const float *row_lse, int B, int K, int ld,
+                                                                    float student_temp, const float *teacher_temp,
+                                                                    float gain) {
     int r = blockIdx.x, sample = r % B, crop = r / B, first = crop == 0 ? B + sample : sample, second = B + sample;
     cross_entropy_row(dlogits + (size_t)r * ld, row_loss + r, student + (size_t)r * ld, teacher + (size_t)first * ld,
                       crop >= 2 ? teacher + (size_t)second * ld : NULL, row_lse[first], row_lse[second], shift, 1, gain, K, ld,
@@ -300,9 +303,10 @@ static __global__ void __launch_bounds__(ENTROPY_BLOCK) dino_kernel(logitX *dlog
 }
 
 static __global__ void __launch_bounds__(ENTROPY_BLOCK) ibot_kernel(logitX *dlogits, float *row_loss, const logitX *student,
-                                                             const logitX *teacher, const float *shift, const float *row_lse,
-                                                             const float *row_weight, float relative, int K, int ld,
-                                                             float student_temp, const float *teacher_temp, float gain) {
+                                                                    const logitX *teacher, const float *shift,
+                                                                    const float *row_lse, const float *row_weight,
+                                                                    float relative, int K, int ld, float student_temp,
+                                                                    const float *teacher_temp, float gain) {
     int r = blockIdx.x;
     float weight = row_weight[r];
     cross_entropy_row(dlogits + (size_t)r * ld, row_loss + r, student + (size_t)r * ld, teacher + (size_t)r * ld, NULL,
@@ -375,7 +379,7 @@ static __global__ void koleo_nearest_kernel(int *nearest, float *distance, float
 
 // A block a row: gathers what the row's own distance pulls and what those pull whose nearest it is, then the adjoint of the norm.
 static __global__ void koleo_backward_kernel(float *dx, size_t dx_stride, float *dunit, const float *unit, const float *inverse,
-                                      const int *nearest, const float *distance, float weight, int B, int D) {
+                                             const int *nearest, const float *distance, float weight, int B, int D) {
     int r = blockIdx.x;
     const float *a = unit + (size_t)r * D;
     float *g = dunit + (size_t)r * D, along = 0;
@@ -451,8 +455,8 @@ __device__ static inline void turn(float *cosine, float *sine, double phase) {
 // A block takes 32 directions, a lane each, all samples of s[n, M], and SIGREG_RUN knots at a time: one sincos, then rotations by
 // `step`, few enough that their error stays at 1e-6. First the means over samples, C - phi and S, then the slope
 // scale sum_j w t (S cos - (C - phi) sin). statistic[M].
-static __global__ void __launch_bounds__(SIGREG_BLOCK) sigreg_kernel(float *statistic, float *slope, const float *s, int n, int M,
-                                                              SigregGrid grid, float scale) {
+static __global__ void __launch_bounds__(SIGREG_BLOCK) sigreg_kernel(float *statistic, float *slope, const float *s, int n,
+                                                                     int M, SigregGrid grid, float scale) {
     __shared__ float part[2 * SIGREG_RUN][2 * SIGREG_RUN][WARP];    // [warp][cosines, then sines][direction]
     __shared__ float pull[2 * SIGREG_RUN][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, m = blockIdx.x * WARP + lane, from = m < M ? warp : n;
@@ -523,7 +527,8 @@ static inline void sigreg(float *loss, float *slope, const float *s, int n, int 
 
 enum { GRAM_BLOCKS = 1024, GRAM_BLOCK = 256 };
 
-static __global__ void gram_normalize_kernel(float *unit, float *inverse, const float *x, size_t image_stride, int rows, int N, int D) {
+static __global__ void gram_normalize_kernel(float *unit, float *inverse, const float *x, size_t image_stride, int rows, int N,
+                                             int D) {
     int r = blockIdx.x * ROW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= rows) return;
     const float *from = x + r / N * image_stride + (size_t)(r % N) * D;
@@ -535,7 +540,7 @@ static __global__ void gram_normalize_kernel(float *unit, float *inverse, const 
 }
 
 static __global__ void __launch_bounds__(GRAM_BLOCK) gram_difference_kernel(float *part, float *similarity, const float *target,
-                                                                     size_t n) {
+                                                                            size_t n) {
     float sum = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
         float difference = similarity[i] - target[i];
@@ -546,8 +551,8 @@ static __global__ void __launch_bounds__(GRAM_BLOCK) gram_difference_kernel(floa
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
 
-static __global__ void gram_backward_kernel(float *dx, size_t image_stride, const float *dunit, const float *unit, const float *inverse,
-                                     float scale, int rows, int N, int D) {
+static __global__ void gram_backward_kernel(float *dx, size_t image_stride, const float *dunit, const float *unit,
+                                            const float *inverse, float scale, int rows, int N, int D) {
     int r = blockIdx.x * ROW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= rows) return;
     const float *a = unit + (size_t)r * D, *g = dunit + (size_t)r * D;
@@ -667,8 +672,8 @@ static __global__ void unit_forward_kernel(logitX *unit, float *norm, const floa
     if (lane == 0) norm[r] = length;
 }
 
-static __global__ void unit_backward_kernel(floatX *dy, const float *dz, const float *y, const float *norm, const float *dbottleneck,
-                                     int crops, int rows, int b, int ld) {
+static __global__ void unit_backward_kernel(floatX *dy, const float *dz, const float *y, const float *norm,
+                                            const float *dbottleneck, int crops, int rows, int b, int ld) {
     int r = blockIdx.x * ROW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= rows) return;
     const float *from = y + (size_t)r * b, *g = dz + (size_t)r * ld;

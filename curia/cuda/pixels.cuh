@@ -7,9 +7,8 @@ Pixels on the GPU (METHOD E): raw int16 slices to normalised views, and views to
   render_views                crop, antialiased bicubic resize, clip below air, gamma, blur, z-score, jitter, flip
   gather_patches              pixels to the rows of the patch embedding's product
 
-A view is rendered by one block from start to end, its images in global memory, which stays in L2. Resampling works on differences
-to the crop's first pixel, so that a constant crop is constant to the last bit whatever the taps' rounding; the slice's scale
-comes after it.
+A view is rendered by one block from start to end, its images in global memory, which stays in L2. All phases work on differences
+to the crop's first pixel: a constant crop is constant to the last bit whatever the taps' rounding, and faint ones keep their digits.
 */
 #ifndef CURIA_CUDA_PIXELS_H
 #define CURIA_CUDA_PIXELS_H
@@ -139,9 +138,10 @@ __host__ __device__ static inline ViewScratch view_scratch(int size, int most_he
 
 // One block a view, as many views at a time as there are blocks. Between barriers a thread keeps to its own pixels
 // i = thread, thread + block, ..
-static __global__ void __launch_bounds__(PIXEL_BLOCK) render_views_kernel(float *images, float *scratch, const DeviceSlice *slices,
-                                                                   const DeviceView *views, int count, int size, int clip,
-                                                                   int normalize, ViewScratch plan) {
+static __global__ void __launch_bounds__(PIXEL_BLOCK) render_views_kernel(float *images, float *scratch,
+                                                                          const DeviceSlice *slices, const DeviceView *views,
+                                                                          int count, int size, int clip, int normalize,
+                                                                          ViewScratch plan) {
     float *image = scratch + blockIdx.x * plan.total, *col_weight = image + plan.image,
         *row_weight = col_weight + plan.col_weight;
     int *col_first = (int *)(row_weight + plan.row_weight), *row_first = col_first + size, n = size * size;
@@ -150,7 +150,8 @@ static __global__ void __launch_bounds__(PIXEL_BLOCK) render_views_kernel(float 
         const DeviceSlice *s = slices + v.slice;
         const int16_t *pixels = s->pixels + (size_t)v.top * s->cols + v.left;
         int cols = s->cols, base = pixels[0], col_taps = resize_taps(v.width, size), row_taps = resize_taps(v.height, size);
-        float scale = (float)s->scale, offset = (float)(s->scale * base + s->intercept), *out = images + (size_t)view * n;
+        double shift = s->scale * base + s->intercept;                      // image + shift are the slice's values
+        float scale = (float)s->scale, air = (float)(-1000 - shift), *out = images + (size_t)view * n;
         plan_axis(col_first, col_weight, v.width, size);
         plan_axis(row_first, row_weight, v.height, size);
         __syncthreads();
@@ -169,8 +170,8 @@ static __global__ void __launch_bounds__(PIXEL_BLOCK) render_views_kernel(float 
             const float *from = image + (size_t)row_first[y] * size + x;
             float sum = 0;
             for (int t = 0; t < row_taps; t++) sum += row_weight[t * size + y] * from[t * size];
-            sum = sum * scale + offset;
-            if (clip && sum < -1000) sum = -1000;
+            sum *= scale;
+            if (clip && sum < air) sum = air;
             least = fminf(least, sum);
             most = fmaxf(most, sum);
             out[i] = sum;
@@ -193,7 +194,7 @@ static __global__ void __launch_bounds__(PIXEL_BLOCK) render_views_kernel(float 
             for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = blur_taps(image + i, tap, i / size, size, size);
         }
 
-        double mean = s->mean, std = s->std;
+        double mean = s->mean - shift, std = s->std;
         if (normalize == NORMALIZE_VIEW) {
             double sum = 0, square = 0;
             for (int i = threadIdx.x; i < n; i += blockDim.x) sum += out[i];
@@ -203,19 +204,19 @@ static __global__ void __launch_bounds__(PIXEL_BLOCK) render_views_kernel(float 
             std = n > 1 ? sqrt(square / (n - 1)) : 0;
         }
         float gain = (float)(v.contrast * (std < 1e-6 ? 1 : 1 / std));      // a constant image is only centred
-        float high = (float)mean, low = (float)(mean - high);               // the mean's digits past a float's
+        float center = (float)mean;
         __syncthreads();
         int half = (size + 1) / 2;
         for (int i = threadIdx.x; i < size * half; i += blockDim.x) {
             float *a = out + (size_t)(i / half) * size + i % half, *b = a + size - 1 - 2 * (i % half);
-            float left = (*a - high - low) * gain + v.brightness, right = (*b - high - low) * gain + v.brightness;
+            float left = (*a - center) * gain + v.brightness, right = (*b - center) * gain + v.brightness;
             *a = v.flip ? right : left;
             *b = v.flip ? left : right;
         }
     }
 }
 
-enum { VIEWS_AT_ONCE = 264 };            // two a multiprocessor of an H100
+enum { VIEWS_AT_ONCE = 264 };            // twice the multiprocessors of an H100, each of which runs one
 
 // Views at a time: one block each, in at most 256 MiB of scratch.
 static inline int views_at_once(int count, size_t floats_each) {

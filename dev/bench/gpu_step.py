@@ -261,7 +261,8 @@ def main():
     median = statistics.median(milliseconds)
     peak = torch.cuda.max_memory_allocated() / 2 ** 30 if options.device == "cuda" else 0
     print("mode\tbatch\tms_per_step\timages_per_s\tpeak_GiB\twarmup_s\tloss\ttorch")
-    print(f"{options.mode}\t{batch}\t{median:.2f}\t{1000 * batch / median:.1f}\t{peak:.1f}\t{waited:.1f}\t{loss:.4f}\t{torch.__version__}")
+    print(f"{options.mode}\t{batch}\t{median:.2f}\t{1000 * batch / median:.1f}\t{peak:.1f}\t{waited:.1f}\t{loss:.4f}\t"
+          f"{torch.__version__}")
 
 
 main()

@@ -2,7 +2,7 @@
 cuBLASLt for the emulator: column-major products of fp32, bf16 or fp16, fp32 sums (curia/gemm.h), rounded once.
 
 Refuses what the library's tables leave out: other types of C than those of A and B or fp32, a bias that is not of D's type, and
-epilogues other than bias and bias gradients. An algorithm may be used only for the types, and with the alignment, it was asked for.
+epilogues other than bias and bias gradients. An algorithm may be used only for the types and alignment it was asked for.
 */
 #include "cublasLt.h"
 #include "cuda_bf16.h"
@@ -47,8 +47,9 @@ cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { delete handle; return CUBLAS_STATUS_SUCCESS; }
 size_t cublasLtGetVersion(void) { return 130000; }
 const char *cublasLtGetStatusName(cublasStatus_t status) {
-    return status == CUBLAS_STATUS_SUCCESS ? "CUBLAS_STATUS_SUCCESS" : status == CUBLAS_STATUS_INVALID_VALUE ? "CUBLAS_STATUS_INVALID_VALUE"
-         : status == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_INTERNAL_ERROR";
+    if (status == CUBLAS_STATUS_SUCCESS) return "CUBLAS_STATUS_SUCCESS";
+    if (status == CUBLAS_STATUS_INVALID_VALUE) return "CUBLAS_STATUS_INVALID_VALUE";
+    return status == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_INTERNAL_ERROR";
 }
 const char *cublasLtGetStatusString(cublasStatus_t status) { return cublasLtGetStatusName(status); }
 
@@ -57,7 +58,8 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, cublasComputeTy
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { delete d; return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t name, const void *value, size_t size) {
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t name, const void *value,
+                                              size_t size) {
     switch (name) {
     case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE: return set(&d->compute, value, size);
     case CUBLASLT_MATMUL_DESC_SCALE_TYPE: return set(&d->scale, value, size);
@@ -73,12 +75,14 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMa
     return CUBLAS_STATUS_INVALID_VALUE;
 }
 
-cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType type, uint64_t rows, uint64_t cols,
+                                          int64_t ld) {
     *l = new cublasLtMatrixLayoutOpaque_t{type, rows, cols, ld, 0, 1, CUBLASLT_ORDER_COL};
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { delete l; return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t name, const void *value, size_t size) {
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t name, const void *value,
+                                                size_t size) {
     switch (name) {
     case CUBLASLT_MATRIX_LAYOUT_TYPE: return set(&l->type, value, size);
     case CUBLASLT_MATRIX_LAYOUT_ORDER: return set(&l->order, value, size);
@@ -115,13 +119,14 @@ static cudaDataType_t bias_type(cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t o
     return d->bias_type < 0 ? out->type : (cudaDataType_t)d->bias_type;
 }
 
-static cublasStatus_t supported(cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
-                                cublasLtMatrixLayout_t out) {
+static cublasStatus_t supported(cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t out) {
     for (cublasLtMatrixLayout_t l : {a, b, c, out})
         if (!l->rows || !l->cols || l->ld < (int64_t)l->rows || l->batch < 1) return CUBLAS_STATUS_INVALID_VALUE;
     int ta = d->op_a != CUBLAS_OP_N, tb = d->op_b != CUBLAS_OP_N;
     uint64_t m = ta ? a->cols : a->rows, k = ta ? a->rows : a->cols, n = tb ? b->rows : b->cols;
-    if ((tb ? b->cols : b->rows) != k || c->rows != m || c->cols != n || out->rows != m || out->cols != n) return CUBLAS_STATUS_INVALID_VALUE;
+    if ((tb ? b->cols : b->rows) != k || c->rows != m || c->cols != n) return CUBLAS_STATUS_INVALID_VALUE;
+    if (out->rows != m || out->cols != n) return CUBLAS_STATUS_INVALID_VALUE;
     if (b->batch != a->batch || c->batch != a->batch || out->batch != a->batch) return CUBLAS_STATUS_INVALID_VALUE;
     for (cublasLtMatrixLayout_t l : {a, b, c, out}) {
         if (l->type != CUDA_R_32F && l->type != CUDA_R_16F && l->type != CUDA_R_16BF) return CUBLAS_STATUS_NOT_SUPPORTED;
@@ -130,9 +135,11 @@ static cublasStatus_t supported(cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a
     bool compute = d->compute == CUBLAS_COMPUTE_32F || d->compute == CUBLAS_COMPUTE_32F_PEDANTIC ||
                    (a->type == CUDA_R_32F && d->compute == CUBLAS_COMPUTE_32F_FAST_TF32);
     if (!compute || d->scale != CUDA_R_32F || d->pointer_mode != CUBLASLT_POINTER_MODE_HOST) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (a->type != b->type || c->type != out->type || (out->type != a->type && out->type != CUDA_R_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (a->type != b->type || c->type != out->type) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (out->type != a->type && out->type != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (d->epilogue == CUBLASLT_EPILOGUE_DEFAULT) return CUBLAS_STATUS_SUCCESS;
-    if (d->epilogue != CUBLASLT_EPILOGUE_BIAS && d->epilogue != CUBLASLT_EPILOGUE_BGRADA && d->epilogue != CUBLASLT_EPILOGUE_BGRADB)
+    if (d->epilogue != CUBLASLT_EPILOGUE_BIAS && d->epilogue != CUBLASLT_EPILOGUE_BGRADA &&
+        d->epilogue != CUBLASLT_EPILOGUE_BGRADB)
         return CUBLAS_STATUS_NOT_SUPPORTED;
     if (!d->bias) return CUBLAS_STATUS_INVALID_VALUE;
     return bias_type(d, out) == out->type ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
@@ -174,7 +181,8 @@ static void store(void *p, cudaDataType_t type, size_t i, float x) {
 }
 
 // A matrix of a batch as floats: the matrix itself where it is float, else a copy with ld = rows.
-static const float *as_float(std::vector<float> *copy, const void *p, const cublasLtMatrixLayoutOpaque_t &l, int batch, size_t *ld) {
+static const float *as_float(std::vector<float> *copy, const void *p, const cublasLtMatrixLayoutOpaque_t &l, int batch,
+                             size_t *ld) {
     size_t first = (size_t)batch * (size_t)l.stride;
     *ld = (size_t)l.ld;
     if (l.type == CUDA_R_32F) return (const float *)p + first;
@@ -221,9 +229,10 @@ static void multiply(const Product &p, int batch) {
     }
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t d, const void *alpha, const void *A, cublasLtMatrixLayout_t a,
-                              const void *B, cublasLtMatrixLayout_t b, const void *beta, const void *C, cublasLtMatrixLayout_t c, void *D,
-                              cublasLtMatrixLayout_t out, const cublasLtMatmulAlgo_t *algorithm, void *, size_t, cudaStream_t stream) {
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t d, const void *alpha, const void *A,
+                              cublasLtMatrixLayout_t a, const void *B, cublasLtMatrixLayout_t b, const void *beta, const void *C,
+                              cublasLtMatrixLayout_t c, void *D, cublasLtMatrixLayout_t out,
+                              const cublasLtMatmulAlgo_t *algorithm, void *, size_t, cudaStream_t stream) {
     if (!handle || !d || !alpha || !beta || !A || !B || !D) return CUBLAS_STATUS_INVALID_VALUE;
     cublasStatus_t status = supported(d, a, b, c, out);
     if (status) return status;

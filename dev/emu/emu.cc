@@ -9,9 +9,10 @@ The emulator's engine and runtime. Read emu.h first.
   6. streams      queues, events, graphs
   7. the rest of the API
 
-How the API differs from plain C, all of it as CUDA documents it: nothing runs before a synchronisation; cudaMemset, and cudaMemcpy
-from pageable memory or between device arrays, need not be done when they return; the default stream waits for no cudaStreamNonBlocking
-stream, nor they for it. Asynchronous copies read pageable host memory at the call, pinned memory when they run.
+How the API differs from plain C, all of it as CUDA documents it: nothing runs before a synchronisation; cudaMemset, and
+cudaMemcpy from pageable memory or between device arrays, need not be done when they return; the default stream waits for no
+cudaStreamNonBlocking stream, nor they for it. Asynchronous copies read pageable host memory at the call, pinned memory when
+they run.
 */
 #include "emu.h"
 #include "cuda_bf16.h"
@@ -263,7 +264,8 @@ unsigned emu::lane() { return (unsigned)current % 32; }
 
 void emu::barrier() {
     if (++arrived < thread_count) {
-        if (arrived + finished == thread_count) emu::error("%d threads of the block ended before the __syncthreads that %d reached", finished, arrived);
+        if (arrived + finished == thread_count)
+            emu::error("%d threads of the block ended before the __syncthreads that %d reached", finished, arrived);
     } else {
         arrived = 0;
         for (int w = 0; w < warp_count; w++) make_ready(w, warps[w].all);
@@ -286,7 +288,8 @@ void emu::collective(unsigned mask, const char *what, void *args, void (*complet
         for (unsigned left = mask; left; left &= left - 1) {
             int other = __builtin_ctz(left);
             if (w.masks[other] != mask || w.what[other] != what)
-                emu::error("calls %s(mask %08x), lane %d of its warp %s(mask %08x)", what, mask, other, w.what[other], w.masks[other]);
+                emu::error("calls %s(mask %08x), lane %d of its warp %s(mask %08x)", what, mask, other, w.what[other],
+                           w.masks[other]);
         }
         complete(mask, w.args);
         w.parked &= ~mask;
@@ -330,7 +333,8 @@ static void end_thread() {
         emu::error("ends before the __syncthreads that %d threads of the block wait at", arrived);
     for (unsigned left = w.parked; left; left &= left - 1) {
         int l = __builtin_ctz(left);
-        if (w.masks[l] >> current % 32 & 1) emu::error("ends, but lane %d waits for it in %s(mask %08x)", l, w.what[l], w.masks[l]);
+        if (w.masks[l] >> current % 32 & 1)
+            emu::error("ends, but lane %d waits for it in %s(mask %08x)", l, w.what[l], w.masks[l]);
     }
 }
 
@@ -376,7 +380,8 @@ void *emu::place_shared(size_t bytes, size_t alignment) {
     arena_static += (bytes + 15) / 16 * 16;
     if (arena_static > SHARED_STATIC) emu::error("more than 48 KiB of static shared memory");
     if (arena_static + arena_dynamic > SHARED_MOST)
-        emu::error("%zu bytes of static and %zu of dynamic shared memory; the most is %d", arena_static, arena_dynamic, SHARED_MOST);
+        emu::error("%zu bytes of static and %zu of dynamic shared memory; the most is %d", arena_static, arena_dynamic,
+                   SHARED_MOST);
     return arena_place(at, bytes);
 }
 
@@ -396,7 +401,7 @@ static void begin_shared(size_t dynamic) {
 static void end_shared() {
     NOT_ASAN(for (char *gap : arena_gaps)
         for (int i = 0; i < SHARED_GAP && gap + i < arena + sizeof arena; i++)
-            if ((unsigned char)gap[i] != 0xff && std::none_of(arena_gaps.begin(), arena_gaps.end(), [=](char *g) { return g > gap && g < gap + i; }))
+            if ((unsigned char)gap[i] != 0xff)
                 emu::error("the block wrote past the end of a shared array (by %d bytes)", i + 1);)
 }
 
@@ -452,7 +457,8 @@ struct MatrixLoad { uint32_t *r; const void *row; };
 // PTX ISA, ldmatrix: lane l gets elements 2(l % 4), 2(l % 4) + 1 of row l / 4 of each matrix; transposed: of its column.
 static void load_matrices(void **args, int count, bool transposed) {
     for (int i = 0; i < 8 * count; i++)
-        if ((uintptr_t)((MatrixLoad *)args[i])->row % 16) emu::error("ldmatrix: the row address of lane %d is not a multiple of 16", i);
+        if ((uintptr_t)((MatrixLoad *)args[i])->row % 16)
+            emu::error("ldmatrix: the row address of lane %d is not a multiple of 16", i);
     uint32_t out[32][4];
     for (int l = 0; l < 32; l++)
         for (int m = 0; m < count; m++) {
@@ -477,8 +483,8 @@ void emu_ldmatrix_x2_trans(uint32_t r[2], const void *row) { ldmatrix<2, true>(r
 
 struct Mma { float *c; const void *a, *b; };
 
-// PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4, register i of a holds row g + 8 (i % 2), columns 2t + 8 (i / 2) and the
-// next; register i of b rows 2t + 8i and the next, column g; c[i] row g + 8 (i / 2), column 2t + i % 2.
+// PTX ISA, mma.m16n8k16: with g = lane / 4 and t = lane % 4, register i of a holds row g + 8 (i % 2), columns 2t + 8 (i / 2)
+// and the next; register i of b rows 2t + 8i and the next, column g; c[i] row g + 8 (i / 2), column 2t + i % 2.
 template <class T> static void multiply(unsigned, void **args) {
     float a[16][16], b[16][8], c[16][8] = {};
     T pair[2];
@@ -516,7 +522,8 @@ void emu_mma_m16n8k16_f32(float c[4], const float2 a[4], const float2 b[2]) {
 
 void emu_cp_async_16(void *shared, const void *global, int source_bytes) {
     if (source_bytes < 0 || source_bytes > 16) emu::error("cp.async of %d bytes", source_bytes);
-    if ((uintptr_t)shared % 16 || (source_bytes && (uintptr_t)global % 16)) emu::error("cp.async: an address is not a multiple of 16");
+    if ((uintptr_t)shared % 16 || (source_bytes && (uintptr_t)global % 16))
+        emu::error("cp.async: an address is not a multiple of 16");
     memset(shared, 0xff, 16);
     threads[current].copies.push_back({shared, global, source_bytes, threads[current].groups});
 }
@@ -564,7 +571,9 @@ static bool range_on_device(const void *p, size_t bytes) {
 }
 
 #ifdef __SANITIZE_ADDRESS__
-static void protect(char *p, size_t bytes, bool hide) { hide ? __asan_poison_memory_region(p, bytes) : __asan_unpoison_memory_region(p, bytes); }
+static void protect(char *p, size_t bytes, bool hide) {
+    hide ? __asan_poison_memory_region(p, bytes) : __asan_unpoison_memory_region(p, bytes);
+}
 static char *take_memory(size_t bytes) {
     void *p;
     return posix_memalign(&p, 256, bytes) ? NULL : (char *)p;
@@ -810,8 +819,8 @@ void emu::enqueue(const Shape &s, const char *name, const void *address, std::fu
     int limit = 48 << 10;
     for (auto &f : dynamic_limit) if (!address || f.first == address) limit = std::max(limit, f.second);
     if (error) result(error);
-    else if (!block || block > 1024 || s.block.x > 1024 || s.block.y > 1024 || s.block.z > 64 || !s.grid.x || !s.grid.y || !s.grid.z ||
-             s.grid.x > 0x7fffffffu || s.grid.y > 65535 || s.grid.z > 65535)
+    else if (!block || block > 1024 || s.block.x > 1024 || s.block.y > 1024 || s.block.z > 64 || !s.grid.x || !s.grid.y ||
+             !s.grid.z || s.grid.x > 0x7fffffffu || s.grid.y > 65535 || s.grid.z > 65535)
         result(cudaErrorInvalidConfiguration);
     else if (s.shared > (size_t)limit) result(cudaErrorInvalidValue);
     else issue(stream, [=]() { run_kernel(s, name, thread); });
@@ -829,7 +838,8 @@ cudaError_t emu_issue(cudaStream_t stream, std::function<void()> run) {
 static cudaError_t check_copy(const void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     if (!to || !from) return cudaErrorInvalidValue;
     bool to_device = on_device(to), from_device = on_device(from);
-    if ((to_device && !range_on_device(to, bytes)) || (from_device && !range_on_device(from, bytes))) return cudaErrorInvalidValue;
+    if (to_device && !range_on_device(to, bytes)) return cudaErrorInvalidValue;
+    if (from_device && !range_on_device(from, bytes)) return cudaErrorInvalidValue;
     if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault) return cudaErrorInvalidMemcpyDirection;
     bool want_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     bool want_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
@@ -870,7 +880,8 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
     LOCK;
     Stream *s = find_stream(stream);
     cudaError_t error = may_issue(s);
-    if (!error && bytes && !range_on_device(to, bytes) && holder(pinned_memory, to) == pinned_memory.end()) error = cudaErrorInvalidValue;
+    bool pinned = holder(pinned_memory, to) != pinned_memory.end();
+    if (!error && bytes && !range_on_device(to, bytes) && !pinned) error = cudaErrorInvalidValue;
     if (error || !bytes) return result(error);
     issue(s, [=]() { memset(to, value, bytes); });
     return cudaSuccess;
@@ -987,7 +998,8 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     LOCK;
     Stream *s = find_stream(stream);
-    if (!s || s == streams[0] || s->capture) return result(s ? cudaErrorStreamCaptureUnsupported : cudaErrorInvalidResourceHandle);
+    if (!s) return result(cudaErrorInvalidResourceHandle);
+    if (s == streams[0] || s->capture) return result(cudaErrorStreamCaptureUnsupported);
     s->capture = new CUgraph_st{s, false, {}, {}, {}};
     captures++;
     return cudaSuccess;
@@ -995,7 +1007,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     LOCK;
     Stream *s = find_stream(stream);
-    if (!s || !s->capture || s->capture->origin != s) return result(s ? cudaErrorStreamCaptureUnmatched : cudaErrorInvalidResourceHandle);
+    if (!s) return result(cudaErrorInvalidResourceHandle);
+    if (!s->capture || s->capture->origin != s) return result(cudaErrorStreamCaptureUnmatched);
     CUgraph_st *g = s->capture;
     captures--;
     for (Stream *other : streams) if (other->capture == g) other->capture = NULL;
@@ -1040,7 +1053,8 @@ cudaError_t cudaPeekAtLastError(void) { return last_error; }
     E(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device") \
     E(cudaErrorInvalidResourceHandle, "invalid resource handle") E(cudaErrorNotReady, "device not ready") \
     E(cudaErrorIllegalAddress, "an illegal memory access was encountered") \
-    E(cudaErrorLaunchOutOfResources, "too many resources requested for launch") E(cudaErrorLaunchFailure, "unspecified launch failure") \
+    E(cudaErrorLaunchOutOfResources, "too many resources requested for launch") \
+    E(cudaErrorLaunchFailure, "unspecified launch failure") \
     E(cudaErrorNotSupported, "operation not supported") \
     E(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing") \
     E(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture") \
@@ -1116,7 +1130,8 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
     LOCK;
     if (!kernel) return result(cudaErrorInvalidDeviceFunction);
     if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > SHARED_MOST) return result(cudaErrorInvalidValue);
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > SHARED_MOST)
+        return result(cudaErrorInvalidValue);
     dynamic_limit[kernel] = value;
     return cudaSuccess;
 }

@@ -1,10 +1,10 @@
 /*
-CUDA on the CPU: kernels run as C++ on fibers, so that a machine without a GPU can test the CUDA backend. Never a measure of speed.
+CUDA on the CPU: kernels run as C++ on fibers, so that a machine without a GPU can test the CUDA backend. No measure of speed.
 
 Build and run, from the repository root (convert.cc first, by any C++17 compiler, as build/emu/convert):
   mkdir -p build/emu/curia/cuda; for f in train_curia.cu curia/cuda/\*.cuh; do build/emu/convert $f > build/emu/$f; done
-  F="-std=c++17 -O1 -g -fno-strict-aliasing -fopenmp -Wall -Wextra -Wno-sign-compare -DCURIA_EMULATOR
-     -Ibuild/emu -Idev/emu -I. -Icuria/cuda"
+  F="-std=c++17 -O1 -g -fno-strict-aliasing -fopenmp -Wall -Wextra -Wno-sign-compare -Wno-missing-field-initializers
+     -DCURIA_EMULATOR -Ibuild/emu -Idev/emu -I. -Icuria/cuda -Idev/test"
   g++ $F -c dev/emu/emu.cc dev/emu/cublas.cc; g++ $F -x c++ -c build/emu/train_curia.cu; then link all three.
 A test x.cu is converted to build/emu/x.cu and built the same way. -fsanitize=address,undefined on all of them works.
 
@@ -40,7 +40,8 @@ struct Shape {
     dim3 grid, block;
     size_t shared;
     cudaStream_t stream;
-    Shape(dim3 grid, dim3 block, size_t shared = 0, cudaStream_t stream = 0) : grid(grid), block(block), shared(shared), stream(stream) {}
+    Shape(dim3 grid, dim3 block, size_t shared = 0, cudaStream_t stream = 0)
+        : grid(grid), block(block), shared(shared), stream(stream) {}
 };
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void error(const char *format, ...);

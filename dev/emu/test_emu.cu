@@ -1,5 +1,5 @@
 /*
-Does the emulator do what CUDA does, and notice what it is there to notice? Prints "N passed, N failed". See emu.h for how to build.
+Does the emulator do what CUDA does, and notice what it is there to notice? Prints "N passed, N failed". emu.h says how to build.
 */
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -182,7 +182,8 @@ static void test_errors(void) {
     must_fail([] { mask_kernel<<<2, 32>>>(); cudaDeviceSynchronize(); }, "thread (");
     must_fail([] { other_kernel<<<1, 32>>>(); cudaDeviceSynchronize(); }, "kernel other_kernel, block (0,0,0)");
     must_fail([] { outside_kernel<<<1, 32>>>(); cudaDeviceSynchronize(); }, "leaves its own lane");
-    must_fail([] { cudaMalloc(&spare, 200); warp_kernel<<<1, 48>>>(spare); cudaDeviceSynchronize(); }, "the warp has lanes 0000ffff");
+    OK(cudaMalloc(&spare, 256));
+    must_fail([] { warp_kernel<<<1, 48>>>(spare); cudaDeviceSynchronize(); }, "the warp has lanes 0000ffff");
     must_fail([] { mixed_kernel<<<1, 32>>>(); cudaDeviceSynchronize(); }, "5 threads at __syncthreads");
 #ifdef __SANITIZE_ADDRESS__
     must_fail([] { overrun_kernel<<<1, 1>>>(8); cudaDeviceSynchronize(); }, "in kernel overrun_kernel");
@@ -191,8 +192,9 @@ static void test_errors(void) {
     must_fail([] { overrun_kernel<<<1, 1>>>(8); cudaDeviceSynchronize(); }, "past the end of a shared array");
     must_fail([] { wild_kernel<<<1, 1>>>((int *)64); cudaDeviceSynchronize(); }, "kernel wild_kernel");
     must_fail([] { cudaMalloc(&hidden, 4); hidden[0] = 1; }, "host code touches device memory, byte 0");
-    must_fail([] { cudaMalloc(&hidden, 256); wild_kernel<<<1, 1>>>((int *)hidden + 64); cudaDeviceSynchronize(); }, "has no memory");
+    must_fail([] { wild_kernel<<<1, 1>>>(spare + 64); cudaDeviceSynchronize(); }, "has no memory");
 #endif
+    OK(cudaFree(spare));
 }
 
 // ---- PTX
@@ -416,7 +418,8 @@ static void test_streams(void) {
 
 static float bits_to_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
-// Every 16-bit value survives the way to float and back; halfway between neighbours goes to the even one, a hair beside it to the near.
+// Every 16-bit value survives the way to float and back; halfway between neighbours goes to the even one, a hair beside it to
+// the nearer.
 static void test_numbers(void) {
     int bad[6] = {0};
     for (unsigned i = 0; i < 65536; i++) {
@@ -424,7 +427,8 @@ static void test_numbers(void) {
         __half h = __ushort_as_half((unsigned short)i);
         float x = __bfloat162float(b), y = __half2float(h);
         unsigned exponent = i >> 10 & 31, mantissa = i & 1023;
-        float expected = ldexpf((float)(exponent ? mantissa + 1024 : mantissa), (int)(exponent ? exponent : 1) - 25) * (i >> 15 ? -1 : 1);
+        float expected = ldexpf((float)(exponent ? mantissa + 1024 : mantissa), (int)(exponent ? exponent : 1) - 25);
+        if (i >> 15) expected = -expected;
         if (isnan(x)) bad[0] += __bfloat16_as_ushort(__float2bfloat16(x)) != 0x7fff;
         else bad[0] += __bfloat16_as_ushort(__float2bfloat16(x)) != i;
         if (exponent == 31) bad[1] += mantissa ? !isnan(y) : !isinf(y) || (y < 0) != (i >> 15);
@@ -459,7 +463,8 @@ static cudaDataType_t type_of(__nv_bfloat16) { return CUDA_R_16BF; }
 static cudaDataType_t type_of(__half) { return CUDA_R_16F; }
 
 // D[m,n] = alpha op(A) op(B) + beta D (+ an epilogue) of two batches, with padded leading dimensions, against plain loops.
-template <class T, class U> static void test_matmul(int m, int n, int k, int ta, int tb, float beta, cublasLtEpilogue_t epilogue, bool good) {
+template <class T, class U>
+static void test_matmul(int m, int n, int k, int ta, int tb, float beta, cublasLtEpilogue_t epilogue, bool good) {
     enum { MOST = 4096 };
     static T a[MOST], b[MOST];
     static U d[MOST], d_got[MOST], bias[128], bias_got[128];
@@ -502,7 +507,7 @@ template <class T, class U> static void test_matmul(int m, int n, int k, int ta,
     int64_t strides[] = {stride_a, stride_b, stride_d};
     for (int i = 0; i < 3; i++) {
         CHECK(!cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch));
-        CHECK(!cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i], sizeof strides[i]));
+        CHECK(!cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i], 8));
     }
     CHECK(!cublasLtMatmulPreferenceCreate(&preference));
     for (int i = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES; i <= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES; i++)
@@ -514,7 +519,8 @@ template <class T, class U> static void test_matmul(int m, int n, int k, int ta,
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, product, la, lb, ld, ld, preference, 4, results, &found);
     CHECK(good ? !status && found >= 2 : status && found == 0);
     float alpha = 0.5f;
-    status = cublasLtMatmul(handle, product, &alpha, da, la, db, lb, &beta, dd, ld, dd, ld, good ? &results[1].algo : NULL, NULL, 0, 0);
+    const cublasLtMatmulAlgo_t *algorithm = good ? &results[1].algo : NULL;
+    status = cublasLtMatmul(handle, product, &alpha, da, la, db, lb, &beta, dd, ld, dd, ld, algorithm, NULL, 0, 0);
     CHECK(good ? !status : status == CUBLAS_STATUS_NOT_SUPPORTED);
     OK(cudaMemcpy(d_got, dd, sizeof d, cudaMemcpyDeviceToHost));
     OK(cudaMemcpy(bias_got, dbias, sizeof bias, cudaMemcpyDeviceToHost));
@@ -523,8 +529,11 @@ template <class T, class U> static void test_matmul(int m, int n, int k, int ta,
         for (int j = 0; j < n; j++)
             for (int i = 0; i < m; i++) {
                 double sum = 0;
-                for (int l = 0; l < k; l++)
-                    sum += (double)(float)a[p * stride_a + (ta ? i * lda + l : l * lda + i)] * (double)(float)b[p * stride_b + (tb ? l * ldb + j : j * ldb + l)];
+                for (int l = 0; l < k; l++) {
+                    T x = a[p * stride_a + (ta ? i * lda + l : l * lda + i)];
+                    T y = b[p * stride_b + (tb ? l * ldb + j : j * ldb + l)];
+                    sum += (double)(float)x * (double)(float)y;
+                }
                 sum = alpha * sum + beta * (double)(float)d[p * stride_d + j * ldd + i];
                 if (epilogue == CUBLASLT_EPILOGUE_BIAS) sum += (double)(float)bias[p * bias_stride + i];
                 worst = fmax(worst, fabs(sum - (double)(float)d_got[p * stride_d + j * ldd + i]) / (1 + fabs(sum)));
