@@ -788,6 +788,15 @@ static void test_pixels(const Backend *backend) {
                 worst = fmax(worst, fabs(out[1][ch][y][SIZE - 1 - x] - (1.5 * z + 0.25)));
             }
     check("pixels: crop, clip below air, z-score, contrast, brightness, flip, channels", worst, 2e-6);
+    for (int i = 0; i < ROWS * COLS; i++) pixels[i] = 1234;     // one value alone: centred, and nothing made of it
+    c.data_normalize = NORMALIZE_VIEW;
+    backend->destroy(m);
+    m = backend->create(&c, &t, 0);
+    views[1] = (View){0, 1, 2, SIZE + 5, SIZE + 9, 1, 0.8, 1.5, 0.25, 1.2};
+    backend->pixels(m, &b, &out[0][0][0][0], NULL);
+    worst = 0;
+    for (int v = 0; v < 2; v++) for (int i = 0; i < SIZE * SIZE; i++) worst = fmax(worst, fabs(out[v][0][0][i] - (v ? 0.25 : 0)));
+    check("pixels: a constant view", worst, 1e-4);
     backend->destroy(m);
     free(t.tensors);
 }

@@ -715,7 +715,7 @@ static double koleo_loss(real *dx, const real *x, size_t stride, real weight, re
     }
     for (int i = 0; i < B; i++) {
         const real *a = unit + (size_t)i * D;
-        int nearest = -1;
+        int nearest = i == 0;           // where every product is NaN too
         real best = -INFINITY;
         for (int j = 0; j < B; j++) {
             real dot = 0;
@@ -845,14 +845,17 @@ static void blur_image(real *x, int size, double sigma, real *scratch) {
 static void render_view(real *out, const Config *c, const Slice *s, const View *v, int size, double mean, double std) {
     int h = v->height, w = v->width, n = size * size;
     real *crop = xmalloc(((size_t)h * w + (size_t)(h > size ? h : size) * size) * sizeof(real), "a view"), *scratch = crop + (size_t)h * w;
+    // Relative to one of its values: what is constant stays so to the bit, and is not scaled up as if its rounding were a picture.
+    real base = (real)(s->scale * s->pixels[(size_t)v->top * s->cols + v->left] + s->intercept);
     for (int y = 0; y < h; y++) {
         const int16_t *from = s->pixels + (size_t)(v->top + y) * s->cols + v->left;
-        for (int x = 0; x < w; x++) crop[(size_t)y * w + x] = (real)(s->scale * from[x] + s->intercept);
+        for (int x = 0; x < w; x++) crop[(size_t)y * w + x] = (real)(s->scale * from[x] + s->intercept) - base;
     }
     Resize rows = resize_plan(h, size, INTERPOLATE_ANTIALIAS), cols = resize_plan(w, size, INTERPOLATE_ANTIALIAS);
     resize_image(&rows, &cols, 1, crop, out, scratch);
     resize_free(&rows);
     resize_free(&cols);
+    for (int i = 0; i < n; i++) out[i] += base;
     if (c->data_clip_below_air) for (int i = 0; i < n; i++) out[i] = out[i] < -1000 ? -1000 : out[i];
     if (v->gamma != 1) {
         real least = out[0], most = out[0];

@@ -23,9 +23,10 @@ that could change.
 // of k and v. 0 <= q_count, 1 <= kv_count.
 typedef struct { int q_row, q_count, kv_row, kv_count; } Sequence;
 
-// Warps in a block at most: more of them share what passes through, until registers or shared memory are short.
+// Warps in a block at most: more of them share what passes through, until registers or shared memory are short (at 8, the
+// backward would spill).
 enum { HEAD = 64, TILE = 64, GROUP = 16, SLICES = TILE / GROUP, STEPS = HEAD / 16, ROW_PACKS = HEAD * sizeof(floatX) / 16,
-       QUERY_WARPS = sizeof(floatX) == 2 ? 8 : 4, KEY_WARPS = sizeof(floatX) == 2 ? 6 : 4, BLOCKS_PER_SM = sizeof(floatX) == 2 ? 2 : 1 };
+       FORWARD_WARPS = sizeof(floatX) == 2 ? 8 : 4, BACKWARD_WARPS = sizeof(floatX) == 2 ? 6 : 4, BLOCKS_PER_SM = sizeof(floatX) == 2 ? 2 : 1 };
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.69314718f, SOFTMAX_SCALE = 0.125f;
 
@@ -119,7 +120,7 @@ __device__ static inline float row_max(float x) {
 }
 
 // Block (sequence, head, tile of queries), the last fastest. 4 T^2 64 operations a head; reads q once, k and v once a block.
-static __global__ void __launch_bounds__(QUERY_WARPS * WARP, BLOCKS_PER_SM)
+static __global__ void __launch_bounds__(FORWARD_WARPS * WARP, BLOCKS_PER_SM)
 attention_forward_kernel(floatX *out, int out_stride, float *lse, const floatX *q, int q_stride, const floatX *k, const floatX *v,
                          int kv_stride, const Sequence *sequences, int tiles, int H) {
     extern __shared__ char shared[];
@@ -191,7 +192,7 @@ attention_forward_kernel(floatX *out, int out_stride, float *lse, const floatX *
 }
 
 // Blocks as in the forward. Also leaves delta_i = dout_i . out_i to the kernel below. 6 T^2 64 operations a head.
-static __global__ void __launch_bounds__(QUERY_WARPS * WARP, BLOCKS_PER_SM)
+static __global__ void __launch_bounds__(BACKWARD_WARPS * WARP, BLOCKS_PER_SM)
 attention_dq_kernel(floatX *dq, float *delta, const floatX *dout, const floatX *out, int out_stride, const float *lse, const floatX *q,
                     int q_stride, const floatX *k, const floatX *v, int kv_stride, const Sequence *sequences, int tiles, int H) {
     extern __shared__ char shared[];
@@ -260,7 +261,7 @@ attention_dq_kernel(floatX *dq, float *delta, const floatX *dout, const floatX *
 }
 
 // Block (sequence, head, tile of keys). Scores here are [key, query]. 8 T^2 64 operations a head.
-static __global__ void __launch_bounds__(KEY_WARPS * WARP, BLOCKS_PER_SM)
+static __global__ void __launch_bounds__(BACKWARD_WARPS * WARP, BLOCKS_PER_SM)
 attention_dkdv_kernel(floatX *dk, floatX *dv, const floatX *dout, int out_stride, const float *lse, const float *delta, const floatX *q,
                       int q_stride, const floatX *k, const floatX *v, int kv_stride, const Sequence *sequences, int tiles, int H) {
     extern __shared__ char shared[];
@@ -336,7 +337,7 @@ static inline void allow_shared(const void *kernel, size_t bytes) {
 static inline void attention_forward(floatX *out, int out_stride, float *lse, const floatX *q, int q_stride, const floatX *k,
                                      const floatX *v, int kv_stride, const Sequence *sequences, int count, int max_q, int max_kv, int H,
                                      cudaStream_t stream) {
-    int warps, tiles = attention_blocks(max_q, QUERY_WARPS, &warps);
+    int warps, tiles = attention_blocks(max_q, FORWARD_WARPS, &warps);
     size_t shared = (warps * GROUP + (max_kv > TILE ? 4 : 2) * TILE) * HEAD * sizeof(floatX);
     allow_shared((const void *)attention_forward_kernel, shared);
     attention_forward_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(out, out_stride, lse, q, q_stride, k, v, kv_stride,
@@ -349,13 +350,13 @@ static inline void attention_backward(floatX *dq, floatX *dk, floatX *dv, const 
                                       const float *lse, const floatX *q, int q_stride, const floatX *k, const floatX *v, int kv_stride,
                                       float *delta, const Sequence *sequences, int count, int max_q, int max_kv, int H,
                                       cudaStream_t stream) {
-    int warps, tiles = attention_blocks(max_q, QUERY_WARPS, &warps);
+    int warps, tiles = attention_blocks(max_q, BACKWARD_WARPS, &warps);
     size_t shared = (2 * warps * GROUP + 4 * TILE) * HEAD * sizeof(floatX);
     allow_shared((const void *)attention_dq_kernel, shared);
     attention_dq_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(dq, delta, dout, out, out_stride, lse, q, q_stride, k, v,
                                                                             kv_stride, sequences, tiles, H);
     launched("attention_dq_kernel");
-    tiles = attention_blocks(max_kv, KEY_WARPS, &warps);
+    tiles = attention_blocks(max_kv, BACKWARD_WARPS, &warps);
     shared = (2 * warps * GROUP + 4 * TILE) * HEAD * sizeof(floatX) + divide_up(max_q, GROUP) * GROUP * sizeof(float2);
     allow_shared((const void *)attention_dkdv_kernel, shared);
     attention_dkdv_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(dk, dv, dout, out_stride, lse, delta, q, q_stride, k, v,

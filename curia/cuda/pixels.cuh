@@ -7,8 +7,9 @@ Pixels on the GPU (METHOD E): raw int16 slices to normalised views, and views to
   render_views                crop, antialiased bicubic resize, clip below air, gamma, blur, z-score, jitter, flip
   gather_patches              pixels to the rows of the patch embedding's product
 
-A view is rendered by one block from start to end, its images in global memory, which stays in L2. All phases work on differences
-to the crop's first pixel: a constant crop is constant to the last bit whatever the taps' rounding, and faint ones keep their digits.
+A view is rendered by one block from start to end, its images in global memory, which stays in L2. All phases work on
+differences to the crop's first pixel: a constant crop is constant to the last bit whatever the taps round to, and a faint one
+keeps its digits.
 */
 #ifndef CURIA_CUDA_PIXELS_H
 #define CURIA_CUDA_PIXELS_H

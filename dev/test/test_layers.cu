@@ -453,7 +453,8 @@ static int16_t *make_pixels(const Scan *s) {
     for (int y = 0; y < s->rows; y++)
         for (int x = 0; x < s->cols; x++) {
             double inside = hypot(y - 0.5 * s->rows, x - 0.4 * s->cols) < 0.35 * s->rows;
-            p[(size_t)y * s->cols + x] = s->constant ? 37 : (int16_t)(inside ? 1060 + 200 * sin(0.3 * x) + 40 * normal() : -1024 + 20 * uniform());
+            double value = inside ? 1060 + 200 * sin(0.3 * x) + 40 * normal() : -1024 + 20 * uniform();
+            p[(size_t)y * s->cols + x] = s->constant ? 37 : (int16_t)value;
         }
     return p;
 }
