@@ -26,7 +26,8 @@ typedef struct { int q_row, q_count, kv_row, kv_count; } Sequence;
 // Warps in a block at most: more of them share what passes through, until registers or shared memory are short (at 8, the
 // backward would spill).
 enum { HEAD = 64, TILE = 64, GROUP = 16, SLICES = TILE / GROUP, STEPS = HEAD / 16, ROW_PACKS = HEAD * sizeof(floatX) / 16,
-       FORWARD_WARPS = sizeof(floatX) == 2 ? 8 : 4, BACKWARD_WARPS = sizeof(floatX) == 2 ? 6 : 4, BLOCKS_PER_SM = sizeof(floatX) == 2 ? 2 : 1 };
+       FORWARD_WARPS = sizeof(floatX) == 2 ? 8 : 4, BACKWARD_WARPS = sizeof(floatX) == 2 ? 6 : 4,
+       BLOCKS_PER_SM = sizeof(floatX) == 2 ? 2 : 1 };
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.69314718f, SOFTMAX_SCALE = 0.125f;
 
@@ -87,7 +88,8 @@ __device__ static inline void load_tile(floatX *tile, const floatX *from, int st
 }
 
 // The next tile of two matrices, rows from `first` of `count`, into stage first / TILE % 2. Past the end: nothing.
-__device__ static inline void load_stage(floatX *stages, const floatX *x, int x_stride, const floatX *y, int y_stride, int first, int count) {
+__device__ static inline void load_stage(floatX *stages, const floatX *x, int x_stride, const floatX *y, int y_stride, int first,
+                                         int count) {
     floatX *tile = stages + first / TILE % 2 * 2 * TILE * HEAD;
     load_tile(tile, x + (size_t)first * x_stride, x_stride, min(count - first, (int)TILE));
     load_tile(tile + TILE * HEAD, y + (size_t)first * y_stride, y_stride, min(count - first, (int)TILE));
@@ -95,7 +97,8 @@ __device__ static inline void load_stage(floatX *stages, const floatX *x, int x_
 }
 
 // A warp's c[16,64], rows g and g + 8 scaled by low and high, to the first `count` rows of `to`, by way of its rows of a tile.
-__device__ static inline void store_rows(floatX *to, int stride, int count, floatX *tile, const float c[HEAD / 8][4], float low, float high) {
+__device__ static inline void store_rows(floatX *to, int stride, int count, floatX *tile, const float c[HEAD / 8][4], float low,
+                                         float high) {
     enum { PACK = HEAD / ROW_PACKS };
     int lane = threadIdx.x % WARP, row = lane / 4, column = lane % 4 * 2;
     for (int i = 0; i < HEAD / 8; i++) {
@@ -193,8 +196,9 @@ attention_forward_kernel(floatX *out, int out_stride, float *lse, const floatX *
 
 // Blocks as in the forward. Also leaves delta_i = dout_i . out_i to the kernel below. 6 T^2 64 operations a head.
 static __global__ void __launch_bounds__(BACKWARD_WARPS * WARP, BLOCKS_PER_SM)
-attention_dq_kernel(floatX *dq, float *delta, const floatX *dout, const floatX *out, int out_stride, const float *lse, const floatX *q,
-                    int q_stride, const floatX *k, const floatX *v, int kv_stride, const Sequence *sequences, int tiles, int H) {
+attention_dq_kernel(floatX *dq, float *delta, const floatX *dout, const floatX *out, int out_stride, const float *lse,
+                    const floatX *q, int q_stride, const floatX *k, const floatX *v, int kv_stride, const Sequence *sequences,
+                    int tiles, int H) {
     extern __shared__ char shared[];
     int rows = blockDim.x / WARP * GROUP, group = threadIdx.x / WARP * GROUP, lane = threadIdx.x % WARP;
     int h = blockIdx.x / tiles % H, first = blockIdx.x % tiles * rows;
@@ -262,8 +266,9 @@ attention_dq_kernel(floatX *dq, float *delta, const floatX *dout, const floatX *
 
 // Block (sequence, head, tile of keys). Scores here are [key, query]. 8 T^2 64 operations a head.
 static __global__ void __launch_bounds__(BACKWARD_WARPS * WARP, BLOCKS_PER_SM)
-attention_dkdv_kernel(floatX *dk, floatX *dv, const floatX *dout, int out_stride, const float *lse, const float *delta, const floatX *q,
-                      int q_stride, const floatX *k, const floatX *v, int kv_stride, const Sequence *sequences, int tiles, int H) {
+attention_dkdv_kernel(floatX *dk, floatX *dv, const floatX *dout, int out_stride, const float *lse, const float *delta,
+                      const floatX *q, int q_stride, const floatX *k, const floatX *v, int kv_stride, const Sequence *sequences,
+                      int tiles, int H) {
     extern __shared__ char shared[];
     int rows = blockDim.x / WARP * GROUP, group = threadIdx.x / WARP * GROUP, lane = threadIdx.x % WARP;
     int h = blockIdx.x / tiles % H, first = blockIdx.x % tiles * rows;
@@ -332,35 +337,36 @@ static inline void allow_shared(const void *kernel, size_t bytes) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
 
-// out[q rows, out_stride], lse[q rows, H] of q[.., q_stride], k and v[.., kv_stride]; head h is columns 64 h.. of each. Strides are
-// multiples of 8, pointers of 16 bytes. sequences[count] lie on the device; max_q and max_kv are the greatest counts in it or more.
+// out[q rows, out_stride], lse[q rows, H] of q[.., q_stride], k and v[.., kv_stride]; head h is columns 64 h.. of each. Strides
+// are multiples of 8, pointers of 16 bytes. sequences[count] lie on the device; max_q and max_kv are the greatest counts in it or
+// more.
 static inline void attention_forward(floatX *out, int out_stride, float *lse, const floatX *q, int q_stride, const floatX *k,
-                                     const floatX *v, int kv_stride, const Sequence *sequences, int count, int max_q, int max_kv, int H,
-                                     cudaStream_t stream) {
+                                     const floatX *v, int kv_stride, const Sequence *sequences, int count, int max_q, int max_kv,
+                                     int H, cudaStream_t stream) {
     int warps, tiles = attention_blocks(max_q, FORWARD_WARPS, &warps);
     size_t shared = (warps * GROUP + (max_kv > TILE ? 4 : 2) * TILE) * HEAD * sizeof(floatX);
     allow_shared((const void *)attention_forward_kernel, shared);
-    attention_forward_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(out, out_stride, lse, q, q_stride, k, v, kv_stride,
-                                                                                 sequences, tiles, H);
+    attention_forward_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(out, out_stride, lse, q, q_stride, k, v,
+                                                                                 kv_stride, sequences, tiles, H);
     launched("attention_forward_kernel");
 }
 
 // dq has the layout of q, dk and dv that of k and v; all rows of the sequences are written. delta[q rows, H]: scratch.
 static inline void attention_backward(floatX *dq, floatX *dk, floatX *dv, const floatX *dout, const floatX *out, int out_stride,
-                                      const float *lse, const floatX *q, int q_stride, const floatX *k, const floatX *v, int kv_stride,
-                                      float *delta, const Sequence *sequences, int count, int max_q, int max_kv, int H,
-                                      cudaStream_t stream) {
+                                      const float *lse, const floatX *q, int q_stride, const floatX *k, const floatX *v,
+                                      int kv_stride, float *delta, const Sequence *sequences, int count, int max_q, int max_kv,
+                                      int H, cudaStream_t stream) {
     int warps, tiles = attention_blocks(max_q, BACKWARD_WARPS, &warps);
     size_t shared = (2 * warps * GROUP + 4 * TILE) * HEAD * sizeof(floatX);
     allow_shared((const void *)attention_dq_kernel, shared);
-    attention_dq_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(dq, delta, dout, out, out_stride, lse, q, q_stride, k, v,
-                                                                            kv_stride, sequences, tiles, H);
+    attention_dq_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(dq, delta, dout, out, out_stride, lse, q, q_stride,
+                                                                            k, v, kv_stride, sequences, tiles, H);
     launched("attention_dq_kernel");
     tiles = attention_blocks(max_kv, BACKWARD_WARPS, &warps);
     shared = (2 * warps * GROUP + 4 * TILE) * HEAD * sizeof(floatX) + divide_up(max_q, GROUP) * GROUP * sizeof(float2);
     allow_shared((const void *)attention_dkdv_kernel, shared);
-    attention_dkdv_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(dk, dv, dout, out_stride, lse, delta, q, q_stride, k, v,
-                                                                              kv_stride, sequences, tiles, H);
+    attention_dkdv_kernel<<<count * H * tiles, warps * WARP, shared, stream>>>(dk, dv, dout, out_stride, lse, delta, q, q_stride,
+                                                                              k, v, kv_stride, sequences, tiles, H);
     launched("attention_dkdv_kernel");
 }
 

@@ -1,10 +1,11 @@
 /*
-Tests of curia/cuda/ptx.cuh and attention.cuh against double precision written here: awkward lengths, packed and separate matrices,
-fewer queries than keys, scores that overflow where padding is not kept out. All outputs begin as NaN; what lies outside the
-sequences must still be that afterwards; two runs give the same bits. A line for each failure, then a hash of all outputs (the
+Tests of curia/cuda/ptx.cuh and attention.cuh against double precision written here: awkward lengths, packed and separate
+matrices, fewer queries than keys, scores that overflow where padding is not kept out. All outputs begin as NaN; what lies outside
+the sequences must still be that afterwards; two runs give the same bits. A line for each failure, then a hash of all outputs (the
 same for every CURIA_EMU_ORDER), then "N passed, N failed".
 
-  nvcc -std=c++17 -I. dev/test/test_attention.cu -o build/test_attention     with -DCURIA_FP32 for that build; without a GPU by dev/emu
+  nvcc -std=c++17 -I. dev/test/test_attention.cu -o build/test_attention    with -DCURIA_FP32 for that build; without a GPU by
+  dev/emu
 */
 #include "../../curia/cuda/attention.cuh"
 #include "dev/test/check.h"
@@ -129,8 +130,8 @@ static const char *result_names[] = {"out", "lse", "dq", "dk", "dv"};
 
 // One head of one sequence in double; `round`: with P, out, dS and results rounded as the kernels round them.
 // q, dout [n, 64], k, v [T, 64]; results[OUT, DQ][n, 64], [LSE][n], [DK, DV][T, 64].
-static void reference(double *const results[RESULTS], const double *q, const double *k, const double *v, const double *dout, int n, int T,
-                      int round) {
+static void reference(double *const results[RESULTS], const double *q, const double *k, const double *v, const double *dout,
+                      int n, int T, int round) {
     double *p = (double *)xmalloc(2 * T * sizeof(double), "test"), *dp = p + T;
     memset(results[DK], 0, T * 64 * sizeof(double));
     memset(results[DV], 0, T * 64 * sizeof(double));
@@ -163,7 +164,8 @@ static void reference(double *const results[RESULTS], const double *q, const dou
         }
         if (round) for (int c = 0; c < 64; c++) dq[c] = rounded(dq[c]);
     }
-    if (round) for (int i = 0; i < T * 64; i++) results[DK][i] = rounded(results[DK][i]), results[DV][i] = rounded(results[DV][i]);
+    for (int r = DK; round && r <= DV; r++)
+        for (int i = 0; i < T * 64; i++) results[r][i] = rounded(results[r][i]);
     free(p);
 }
 
@@ -188,9 +190,10 @@ static void touch(unsigned char *touched, int stride, int row, int rows, int col
     for (int i = 0; i < rows; i++) memset(touched + (size_t)(row + i) * stride, 1, columns);
 }
 
-// Sequences of kv_counts[count] keys and q_counts[count] queries (NULL: as many). packed: q, k, v are thirds of one matrix. shift:
-// this is added to q and taken off k in some columns, so that scores lie far below zero.
-static void test(const char *name, int H, const int *q_counts, const int *kv_counts, int count, int packed, double scale, double shift) {
+// Sequences of kv_counts[count] keys and q_counts[count] queries (NULL: as many). packed: q, k, v are thirds of one matrix.
+// shift: one column of q has this value and that of k its opposite, so that scores lie far below zero.
+static void test(const char *name, int H, const int *q_counts, const int *kv_counts, int count, int packed, double scale,
+                 double shift) {
     Sequence *s = (Sequence *)xmalloc(count * sizeof *s, "test");
     int q_rows = 1, kv_rows = packed ? 1 : 3, max_q = 0, max_kv = 0, D = 64 * H;        // rows between sequences belong to none
     for (int i = 0; i < count; i++) {
@@ -204,8 +207,10 @@ static void test(const char *name, int H, const int *q_counts, const int *kv_cou
     fill(q, scale), fill(dout, 1);
     if (!packed) fill(kv, scale);
     if (shift != 0) {
-        for (int r = 0; r < q_rows; r++) for (int h = 0; h < H; h++) q.host[(size_t)r * q.stride + h * 64 + 5] = to_x(shift);
-        for (int r = 0; r < kv_rows; r++) for (int h = 0; h < H; h++) kv.host[(size_t)r * kv.stride + k_at + h * 64 + 5] = to_x(-shift);
+        for (int h = 0; h < H; h++) {
+            for (int r = 0; r < q_rows; r++) q.host[(size_t)r * q.stride + h * 64 + 5] = to_x(shift);
+            for (int r = 0; r < kv_rows; r++) kv.host[(size_t)r * kv.stride + k_at + h * 64 + 5] = to_x(-shift);
+        }
         CUDA_CHECK(cudaMemcpy(q.at, q.host, q.elements * sizeof(floatX), cudaMemcpyHostToDevice));
         CUDA_CHECK(cudaMemcpy(kv.at, kv.host, kv.elements * sizeof(floatX), cudaMemcpyHostToDevice));
     }
@@ -218,9 +223,10 @@ static void test(const char *name, int H, const int *q_counts, const int *kv_cou
     for (int run = 0; run < 2; run++) {
         for (Matrix m : {out, dq, dkv}) CUDA_CHECK(cudaMemset(m.at, 0xff, m.elements * sizeof(floatX)));
         CUDA_CHECK(cudaMemset(lse, 0xff, stats * sizeof(float)));
-        attention_forward(out.at, out.stride, lse, q.at, q.stride, kv.at + k_at, kv.at + v_at, kv.stride, sequences, count, max_q, max_kv, H, 0);
-        attention_backward(dq.at, dkv.at + k_at, dkv.at + v_at, dout.at, out.at, out.stride, lse, q.at, q.stride, kv.at + k_at, kv.at + v_at,
-                           kv.stride, delta, sequences, count, max_q, max_kv, H, 0);
+        attention_forward(out.at, out.stride, lse, q.at, q.stride, kv.at + k_at, kv.at + v_at, kv.stride, sequences, count, max_q,
+                          max_kv, H, 0);
+        attention_backward(dq.at, dkv.at + k_at, dkv.at + v_at, dout.at, out.at, out.stride, lse, q.at, q.stride, kv.at + k_at,
+                           kv.at + v_at, kv.stride, delta, sequences, count, max_q, max_kv, H, 0);
         CUDA_CHECK(cudaDeviceSynchronize());
         all_bits = before;
         for (Matrix m : {out, dq, dkv}) {
@@ -239,8 +245,10 @@ static void test(const char *name, int H, const int *q_counts, const int *kv_cou
             int n = s[i].q_count, T = s[i].kv_count;
             double *x[4] = {head(q.host, q.stride, s[i].q_row, n, h), head(kv.host + k_at, kv.stride, s[i].kv_row, T, h),
                             head(kv.host + v_at, kv.stride, s[i].kv_row, T, h), head(dout.host, dout.stride, s[i].q_row, n, h)};
-            double *got[RESULTS] = {head(out.host, out.stride, s[i].q_row, n, h), NULL, head(dq.host, dq.stride, s[i].q_row, n, h),
-                                    head(dkv.host + k_at, dkv.stride, s[i].kv_row, T, h), head(dkv.host + v_at, dkv.stride, s[i].kv_row, T, h)};
+            double *got[RESULTS] = {head(out.host, out.stride, s[i].q_row, n, h), NULL,
+                                    head(dq.host, dq.stride, s[i].q_row, n, h),
+                                    head(dkv.host + k_at, dkv.stride, s[i].kv_row, T, h),
+                                    head(dkv.host + v_at, dkv.stride, s[i].kv_row, T, h)};
             double *want[RESULTS], *plain[RESULTS];
             int sizes[RESULTS] = {64 * n, n, 64 * n, 64 * T, 64 * T};
             got[LSE] = (double *)xmalloc((n + 1) * sizeof(double), "test");
@@ -278,7 +286,8 @@ static void test(const char *name, int H, const int *q_counts, const int *kv_cou
     }
     check(untouched(out.host, touched[0], out.elements, sizeof(floatX)), "%s: out was written where no query is", name);
     check(untouched(dq.host, touched[1], dq.elements, sizeof(floatX)), "%s: dq was written where no query is", name);
-    if (!packed) check(untouched(dkv.host, touched[2], dkv.elements, sizeof(floatX)), "%s: dk or dv was written where no key is", name);
+    if (!packed)
+        check(untouched(dkv.host, touched[2], dkv.elements, sizeof(floatX)), "%s: dk or dv was written where no key is", name);
     check(untouched(host_lse, touched[3], stats, sizeof(float)), "%s: lse was written where no query is", name);
     printf("%-32s H %d  errors", name, H);
     for (int r = 0; r < RESULTS; r++) printf("  %s %.1e", result_names[r], most_error[r]);
@@ -293,8 +302,8 @@ static void test(const char *name, int H, const int *q_counts, const int *kv_cou
 }
 
 int main(void) {
-    const int mixed[] = {1, 16, 37, 50, 64, 65, 128, 197}, local[] = {37, 37, 36, 37}, one[] = {1, 1}, edge[] = {1, 15, 16, 17, 48, 64},
-              large[] = {257, 197}, view[] = {257}, largest[] = {1025};
+    const int mixed[] = {1, 16, 37, 50, 64, 65, 128, 197}, local[] = {37, 37, 36, 37}, one[] = {1, 1},
+              edge[] = {1, 15, 16, 17, 48, 64}, large[] = {257, 197}, view[] = {257}, largest[] = {1025};
     const int fewer[] = {1, 0, 36, 3, 64, 17, 0, 130}, more[] = {20, 3, 70, 129}, few[] = {5, 0, 66, 1}, none[] = {0, 0, 0, 0};
     const int view_few[] = {70};
     test_products();
