@@ -17,28 +17,37 @@ arguments=()
 for file in "$shared"/golden/step_*; do arguments+=(--golden "$file"); done
 build() { (cd "$work" && make -s SANITIZE=-fsanitize=address BUILD=b PREFIX=b/ CFLAGS='-O1 -g' CUDA= CUDA_OBJECTS= CUDA_LIBS= "$@"); }
 build b/test_curia > /dev/null 2>&1
+
+# tests_of FILE: the programs, under build/emu, that hold it
+tests_of() {
+    case $1 in
+        *attention.cuh | *ptx.cuh) echo test_attention_bf16 test_attention_fp32 ;;
+        *losses.cuh | *pixels.cuh) echo test_layers_bf16 test_layers_fp32 ;;
+        *) echo backend.so ;;
+    esac
+}
+# passes TEST: it builds and passes under both schedules
+passes() {
+    build "b/emu/$1" > "$work/log" 2>&1 || return 1
+    for order in forward 7; do
+        if [ "$1" = backend.so ]; then set -- "$1" "$work/b/test_curia" --device emu "${arguments[@]}"; else set -- "$1" "$work/b/emu/$1"; fi
+        CURIA_EMU_ORDER=$order timeout 300 "${@:2}" > "$work/log" 2>&1 || return 1
+    done
+}
+for test in backend.so test_attention_bf16 test_attention_fp32 test_layers_bf16 test_layers_fp32; do
+    passes $test || { echo "error: $test fails before anything is deleted" >&2; tail -3 "$work/log" >&2; exit 1; }
+done
+
 noticed=0 number=0 tried=0
 while IFS=: read -r file line text; do
     number=$((number + 1))
     [ $number -ge "$first" ] && [ $number -le "$last" ] || continue
     tried=$((tried + 1))
     sed -E "${line}$delete" "$file" > "$work/$file"
-    case $file in
-        *attention.cuh | *ptx.cuh) tests="test_attention_bf16 test_attention_fp32" ;;
-        *losses.cuh | *pixels.cuh) tests="test_layers_bf16 test_layers_fp32" ;;
-        *) tests=backend.so ;;
-    esac
     result=survived
-    for test in $tests; do
-        build "b/emu/$test" > "$work/log" 2>&1 || { result=noticed; break; }
-        for order in forward 7; do
-            if [ "$test" = backend.so ]; then set -- "$work/b/test_curia" --device emu "${arguments[@]}"; else set -- "$work/b/emu/$test"; fi
-            CURIA_EMU_ORDER=$order timeout 300 "$@" > "$work/log" 2>&1 || { result=noticed; break 2; }
-        done
-    done
+    for test in $(tests_of "$file"); do passes "$test" || { result=noticed; break; }; done
     [ $result = noticed ] && noticed=$((noticed + 1))
     printf '%d\t%s:%d\t%s\t%s\n' "$number" "$file" "$line" $result "$(echo "$text" | sed 's/^ *//')"
-    cp -p "$file" "$work/$file"
-    touch "$work/$file"
+    cp "$file" "$work/$file"
 done < <(grep -nE "$pattern" curia/cuda/*.cuh train_curia.cu)
 echo "$noticed of $tried deletions noticed"

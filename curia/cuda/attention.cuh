@@ -146,7 +146,7 @@ attention_forward_kernel(floatX *out, int out_stride, float *lse, const floatX *
     for (int i = 0; i < STEPS; i++) load_a(a[i], q_tile, group, 16 * i);
     float o[HEAD / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {};      // sum: this lane's columns
     for (int from = 0; from < s.kv_count; from += TILE) {
-        if (from + TILE < s.kv_count) load_stage(stages, k, kv_stride, v, kv_stride, from + TILE, s.kv_count);
+        load_stage(stages, k, kv_stride, v, kv_stride, from + TILE, s.kv_count);
         floatX *k_tile = stages + from / TILE % 2 * 2 * TILE * HEAD, *v_tile = k_tile + TILE * HEAD;
         int keys = s.kv_count - from;
         if (mine > 0) {
@@ -241,7 +241,7 @@ attention_dq_kernel(floatX *dq, float *delta, const floatX *dout, const floatX *
 
     float sum[HEAD / 8][4] = {};
     for (int from = 0; from < s.kv_count; from += TILE) {
-        if (from + TILE < s.kv_count) load_stage(stages, k, kv_stride, v, kv_stride, from + TILE, s.kv_count);
+        load_stage(stages, k, kv_stride, v, kv_stride, from + TILE, s.kv_count);
         floatX *k_tile = stages + from / TILE % 2 * 2 * TILE * HEAD, *v_tile = k_tile + TILE * HEAD;
         int keys = mine > 0 ? min(s.kv_count - from, (int)TILE) : 0;
         for (int slice = 0; slice < keys; slice += GROUP) {
@@ -284,8 +284,8 @@ attention_dkdv_kernel(floatX *dk, floatX *dv, const floatX *dout, int out_stride
     load_tile(v_tile, v + row * kv_stride + h * HEAD, kv_stride, min(left, rows));
     load_stage(stages, q, q_stride, dout, out_stride, 0, s.q_count);
     for (int i = threadIdx.x; i < (s.q_count + GROUP - 1) / GROUP * GROUP; i += blockDim.x) {
-        size_t query = (size_t)(s.q_row + i) * H + h;       // padding: probability 0
-        stats[i] = i < s.q_count ? make_float2(lse[query] * LOG2_E, delta[query]) : make_float2(INFINITY, 0);
+        size_t query = (size_t)(s.q_row + i) * H + h;       // padding: any number, as q and dout are 0 there
+        stats[i] = i < s.q_count ? make_float2(lse[query] * LOG2_E, delta[query]) : make_float2(0, 0);
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -297,7 +297,7 @@ attention_dkdv_kernel(floatX *dk, floatX *dv, const floatX *dout, int out_stride
     }
     float k_sum[HEAD / 8][4] = {}, v_sum[HEAD / 8][4] = {};
     for (int from = 0; from < s.q_count; from += TILE) {
-        if (from + TILE < s.q_count) load_stage(stages, q, q_stride, dout, out_stride, from + TILE, s.q_count);
+        load_stage(stages, q, q_stride, dout, out_stride, from + TILE, s.q_count);
         floatX *q_tile = stages + from / TILE % 2 * 2 * TILE * HEAD, *dout_tile = q_tile + TILE * HEAD;
         int queries = mine > 0 ? min(s.q_count - from, (int)TILE) : 0;
         for (int slice = 0; slice < queries; slice += GROUP) {
