@@ -96,8 +96,6 @@ $(BUILD)/test_%: dev/test/test_%.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
 $(BUILD)/fuzz_prep: dev/fuzz/fuzz_prep.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -I. $< -o $@ $(LDLIBS)
-tests: all emu $(EMU_TESTS) $(TESTS)
-
 # The CUDA backend as C++ on the CPU (dev/emu/emu.h), for ./test_curia --device emu.
 EMU := $(BUILD)/emu
 EMU_FLAGS = -std=c++17 -O2 -g1 -fno-strict-aliasing -fPIC $(WARNINGS) -Wno-sign-compare -Wno-unknown-pragmas $(OPENMP) $(SANITIZE) \
@@ -127,6 +125,7 @@ $(EMU)/%_bf16: $(EMU)/dev/test/%.cu $(EMU_SOURCES) $(EMU_RUNTIME)
 	$(CXX) $(EMU_FLAGS) -x c++ $< -x none $(EMU_RUNTIME) -o $@
 $(EMU)/%_fp32: $(EMU)/dev/test/%.cu $(EMU_SOURCES) $(EMU_RUNTIME)
 	$(CXX) $(EMU_FLAGS) -DCURIA_FP32 -x c++ $< -x none $(EMU_RUNTIME) -o $@
+tests: all emu $(EMU_TESTS) $(TESTS)
 
 # What nvcc says of every kernel; fails where one spills.
 ptxas:
