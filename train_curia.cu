@@ -59,7 +59,7 @@ typedef struct {
     float *x;                                               // [packed rows, D], where the block is recomputed
 } BlockActs;
 
-typedef struct { int dim, hidden, layers, bottleneck, prototypes, ld; size_t offset; int first_matrix; } HeadShape;
+typedef struct { int dim, hidden, layers, bottleneck, prototypes, ld, first_matrix; } HeadShape;     // ld: logits a row
 
 // What one pass of a head keeps. Layer i maps input[i] to pre[i]; the activation of pre[i] is input[i+1]; the last layer gives y.
 typedef struct {
@@ -116,13 +116,13 @@ struct Model {
     // Carved from the arena for a batch shape.
     float *position[2], *dposition[2], *dtoken, *dmask, *pixels, *x, *dx;
     floatX *patches, *f, *df, *dhat, *dhat_more, *query_hat, *dqkv, *dact, *act;
-    BlockActs *blocks;
+    BlockActs *blocks;                                          // [depth]
     float *delta;                                               // attention's backward: [rows,H]
     float *norm_out[2], *norm_hat[2], *norm_rstd[2], *dnorm;    // student, teacher
     HeadActs heads[2][2];                                       // [student, teacher][DINO, iBOT]
     floatX *dhead[2];
-    float *row_loss[2], *dz, *dbottleneck, *projection, *slope, *gram_unit[2], *gram_similarity[2], *gram_inverse, *scratch,
-    *clip;
+    float *row_loss[2], *dz, *dbottleneck, *projection, *slope, *gram_unit[2], *gram_similarity[2], *gram_inverse;
+    float *scratch, *clip;
     int *nearest;
     double *norm_parts;
     Results *results;
@@ -136,12 +136,11 @@ static const float *param(const Model *m, const float *base, const char *name) {
 static HeadShape head_shape(const Model *m, int ibot) {
     const Config *c = &m->c;
     int blocks = BLOCK_MATRICES * (int)c->model_depth + 1;
-    HeadShape h = {(int)c->model_dim, (int)c->dino_hidden, (int)c->dino_layers, (int)c->dino_bottleneck,
-                   (int)c->dino_prototypes, 0,
-                   m->table.group_start[GROUP_DINO_HEAD], blocks};
+    HeadShape h = {(int)c->model_dim, (int)c->dino_hidden, (int)c->dino_layers, (int)c->dino_bottleneck, (int)c->dino_prototypes, 0,
+                   blocks};
     if (ibot)
         h = {(int)c->model_dim, (int)c->ibot_hidden, (int)c->ibot_layers, (int)c->ibot_bottleneck, (int)c->ibot_prototypes, 0,
-             m->table.group_start[GROUP_IBOT_HEAD], blocks + (int)c->dino_layers + 1};
+             blocks + (int)c->dino_layers + 1};
     h.ld = (h.prototypes + 7) / 8 * 8;
     return h;
 }
@@ -228,8 +227,9 @@ static Vectors *list_vectors(Model *m) {
     return v;
 }
 
-static const Matrix *block_matrix(const Model *m, int block,
-                                  int which) { return &m->host_matrices[BLOCK_MATRICES * block + which]; }
+static const Matrix *block_matrix(const Model *m, int block, int which) {
+    return &m->host_matrices[BLOCK_MATRICES * block + which];
+}
 static const Matrix *patch_matrix(const Model *m) { return &m->host_matrices[BLOCK_MATRICES * m->c.model_depth]; }
 static const floatX *weight_of(const Effective *w, const Matrix *x) { return (const floatX *)w + x->effective; }
 static const floatX *bias_of(const Effective *w, const Matrix *x) { return (const floatX *)w + x->effective_bias; }
@@ -669,8 +669,9 @@ static Qkv qkv_of(floatX *qkv, const Branch *b, size_t D) {
     return {qkv + b->rows * 2 * D, qkv, qkv + D, (int)D, (int)(2 * D)};
 }
 
-static const Sequence *sequences_of(const Pass *p,
-                                    const Branch *b) { return b->queries == b->rows ? p->sequences : p->last_sequences; }
+static const Sequence *sequences_of(const Pass *p, const Branch *b) {
+    return b->queries == b->rows ? p->sequences : p->last_sequences;
+}
 
 // A block: x holds its input but for the residual `f` of the branch `before` (NULL: none). Leaves the residual of its
 // feed-forward in m->f.
@@ -682,8 +683,7 @@ static void block_forward(Model *m, const Pass *p, int l, const Effective *w, co
     MatmulState *mm = &m->matmul;
     cudaStream_t stream = m->stream;
     residual_norm_forward(m->x, before ? m->f : NULL, before ? before->residual : Rows{}, a->hat1, a->rstd1, attention->norm,
-                          p->rows, D,
-                          stream);
+                          p->rows, D, stream);
     if (a->x) CUDA_CHECK(cudaMemcpyAsync(a->x, m->x, (size_t)p->rows * D * sizeof(float), cudaMemcpyDeviceToDevice, stream));
     const floatX *qkv_w = weight_of(w, qkv), *qkv_b = bias_of(w, qkv);
     Qkv x = qkv_of(a->qkv, attention, D);
@@ -722,21 +722,18 @@ static void block_backward(Model *m, const Pass *p, int l, const BlockActs *a, c
                     stream);
     activation_backward(a->pre, m->dact, ffn->rows, F, swiglu, stream);
     linear_backward(mm, m->dhat, g + in->weight, g + in->bias, a->pre, a->hat2, weight_of(w, in), ffn->rows, D, in->rows,
-                    m->scratch,
-                    stream);
+                    m->scratch, stream);
     residual_norm_backward(m->dx, m->dhat, a->hat2, a->rstd2, ffn->norm, NULL, Rows{}, m->df, attention->residual, p->rows, D,
                            stream);
 
     linear_backward(mm, m->dhat, g + proj->weight, g + proj->bias, m->df, a->attention, weight_of(w, proj), attention->queries,
-                    D, D,
-                    m->scratch, stream);
+                    D, D, m->scratch, stream);
     const Sequence *sequences = sequences_of(p, attention);
     Qkv x = qkv_of(a->qkv, attention, D), d = qkv_of(m->dqkv, attention, D);
     for (int i = 0; i < 2; i++)
         if (p->kept[i])
             attention_backward(d.q, d.k, d.v, m->dhat, a->attention, D, a->lse, x.q, x.q_stride, x.k, x.v, x.kv_stride, m->delta,
-                               sequences + (i ? p->kept[0] : 0), p->kept[i], p->groups[i].tokens,
-                               p->groups[i].tokens, H, stream);
+                               sequences + (i ? p->kept[0] : 0), p->kept[i], p->groups[i].tokens, p->groups[i].tokens, H, stream);
     float *dw = g + qkv->weight, *db = g + qkv->bias;
     const floatX *qkv_w = weight_of(w, qkv);
     int split = attention->queries != attention->rows;
@@ -818,8 +815,7 @@ static void backbone_backward(Model *m, const Slot *s) {
     const Matrix *patch = patch_matrix(m);
     int patches = p->groups[0].count * p->groups[0].patches + p->groups[1].count * p->groups[1].patches;
     linear_backward(&m->matmul, NULL, m->grad + patch->weight, m->grad + patch->bias, m->dhat, m->patches, NULL, patches,
-                    patch->cols, D,
-                    m->scratch, m->stream);
+                    patch->cols, D, m->scratch, m->stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -955,8 +951,7 @@ static void gram_step(Model *m, const Slot *s) {
     p.stride_a = (long long)N * N, p.stride_b = p.stride_c = (long long)N * D;
     matmul(&m->matmul, p, m->gram_unit[0], m->gram_similarity[1], m->gram_unit[1], 1, NULL, NULL, m->stream);
     gram_backward(dx, (size_t)N * D, m->gram_unit[0], m->gram_unit[1], m->gram_inverse, (float)(c->gram_weight / entries),
-                  images, N, D,
-                  m->stream);
+                  images, N, D, m->stream);
 }
 
 // Student heads, every loss and its gradient, down to dnorm.
@@ -978,8 +973,7 @@ static void loss_step(Model *m, const Slot *s) {
     float student_temp = (float)c->student_temp, gain = 4096 / (float)fmax(1, fmax(c->dino_weight, c->ibot_weight));
     float scale = 1 / (B * student_temp * gain);
     dino_cross_entropy(dino->logits, m->row_loss[0], dino->logits, teacher->logits, teacher->shift, teacher->row_lse, B, V,
-                       h.prototypes,
-                       h.ld, student_temp, temp, (float)(c->dino_weight / (2 * V + 2)) * gain, m->stream);
+                       h.prototypes, h.ld, student_temp, temp, (float)(c->dino_weight / (2 * V + 2)) * gain, m->stream);
     sum_rows(&m->results->dino, m->row_loss[0], classes, 1.0f / ((2 * V + 2) * B), m->stream);
     h = patch.shape;
     logitX *logits = patch.head->logits + (size_t)patch.row * h.ld;
@@ -1001,8 +995,7 @@ static void loss_step(Model *m, const Slot *s) {
                         (bottleneck ? dino->y : m->norm_out[0]) + from, B, (int)width);
         if (c->koleo_weight > 0)
             koleo(&m->results->koleo[crop], m->dnorm + row, D, m->nearest, m->norm_out[0] + row, D, (float)c->koleo_weight, B,
-                  D, m->scratch,
-                  m->stream);
+                  D, m->scratch, m->stream);
     }
     if (c->gram_weight > 0) gram_step(m, s);
     for (int i = 0, from = 0; i <= c->ibot_separate_head; i++) {
@@ -1021,8 +1014,7 @@ static void update_step(Model *m, const Slot *s) {
     gradient_norms(m->results->norm, m->clip, m->grad, m->table.group_start, GROUP_COUNT, c->optim_clip, m->norm_parts,
                    m->stream);
     Optimiser o = {m->student, m->teacher, m->exp_avg, m->exp_avg_sq, m->grad, m->clip, (float)c->optim_beta1,
-                   (float)c->optim_beta2,
-                   (float)c->optim_eps};
+                   (float)c->optim_beta2, (float)c->optim_eps};
     update_weights(o, s->values, m->student_weights, m->teacher_weights, m->matrices, m->matrix_count, m->matrix_rows, m->vectors,
                    m->vector_count, m->longest_vector, m->stream);
 }

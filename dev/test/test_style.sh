@@ -8,7 +8,7 @@ passed=0 failed=0
 good() { passed=$((passed + 1)); }
 bad() { failed=$((failed + 1)); echo "failed: $*"; }
 
-for file in dataloader.h curia/*.h prep/*.h; do
+for file in dataloader.h curia/*.h curia/cuda/*.cuh prep/*.h; do
     # "  name, other_name   what it is": the words before three spaces or more, up to the end of the opening comment
     for name in $(awk '/\*\// { exit } /^  [A-Za-z_*].*  / { sub(/^  /, ""); sub(/  +.*/, ""); gsub(/[,;]/, " "); print }' "$file"); do
         name=${name%%\**}
