@@ -855,6 +855,8 @@ static const Case device_cases[] = {
     {"no local crops, no masks, head of one layer, no iBOT",
      {DEVICE_SHAPE, "model.dim=64", "model.heads=1", "crops.local_count=0", "mask.probability=0", "dino.layers=1", "ibot.weight=0",
       "model.interpolate=antialias"}},
+    {"no masked patch, separate head", {DEVICE_SHAPE, "model.dim=64", "model.heads=1", "mask.probability=0", "ibot.separate_head=1",
+                                        "model.depth=1"}},
     {"197 tokens", {DEVICE_SHAPE, "model.dim=64", "model.heads=1", "crops.global_size=56", "crops.local_size=24", "optim.batch_size=1"}},
     {"width 384, 8 local crops", {DEVICE_SHAPE, "model.dim=384", "model.heads=6", "crops.local_count=8", "model.depth=1"}},
     {"257 tokens, width 768", {DEVICE_SHAPE, "model.dim=768", "model.heads=12", "crops.global_size=64", "optim.batch_size=1",
@@ -862,7 +864,7 @@ static const Case device_cases[] = {
     {"1025 tokens", {DEVICE_SHAPE, "model.dim=64", "model.heads=1", "crops.global_size=128", "optim.batch_size=1", "model.depth=1",
                      "crops.local_count=1", "crops.local_size=24"}},
 };
-enum { DEVICE_QUICK = 6 };
+enum { DEVICE_QUICK = 7 };
 
 // Everything a step leaves behind, by name: outputs, gradients, new parameters, moments, centres; the losses also of a second one.
 typedef struct { StepResult result[2]; char (*names)[160]; double **values; size_t *sizes; int count; } StepRecord;
