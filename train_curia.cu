@@ -234,9 +234,15 @@ static const Matrix *patch_matrix(const Model *m) { return &m->host_matrices[BLO
 static const floatX *weight_of(const Effective *w, const Matrix *x) { return (const floatX *)w + x->effective; }
 static const floatX *bias_of(const Effective *w, const Matrix *x) { return (const floatX *)w + x->effective_bias; }
 
+// Under the emulator a gap follows each array, for the address sanitizer to watch.
 template <class T> static void take(Carver *a, T *&pointer, size_t count) {
+    size_t bytes = count * sizeof(T), next = a->used + ((bytes + 255) & ~(size_t)255);
     pointer = (T *)(a->base ? a->base + a->used : NULL);
-    a->used += (count * sizeof(T) + 255) & ~(size_t)255;
+#ifdef CURIA_EMULATOR
+    next += 256;
+    if (a->base) emu_gap(a->base + a->used + bytes, next - a->used - bytes);
+#endif
+    a->used = next;
 }
 #define TAKE(pointer, count) take(a, pointer, (size_t)(count))
 
@@ -588,6 +594,9 @@ static void load_batch(Model *m, Slot *s, const Batch *b) {
         CUDA_CHECK(cudaMalloc(&m->arena, a.used));
         m->arena_bytes = a.used;
     }
+#ifdef CURIA_EMULATOR
+    emu_clear_gaps(m->arena, m->arena_bytes);
+#endif
     a = {m->arena, 0};
     carve(m, &a, &s->student, &s->teacher, s->masked);
     pack_batch(m, s, b);
@@ -1259,6 +1268,7 @@ static Model *model_create(const Config *c, const TensorTable *t, int train) {
         if (base) break;
         CUDA_CHECK(cudaMalloc(&m->parameters, m->parameter_bytes));
         CUDA_CHECK(cudaMemset(m->parameters, 0, m->parameter_bytes));
+        CUDA_CHECK(cudaDeviceSynchronize());
     }
     CUDA_CHECK(cudaMemcpy(m->matrices, m->host_matrices, m->matrix_count * sizeof(Matrix), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(m->vectors, vectors, m->vector_count * sizeof(Vectors), cudaMemcpyHostToDevice));

@@ -621,9 +621,18 @@ static void watch() {
 }
 #endif
 
+// Parts of allocations that belong to nothing.
+static Allocations gaps;
+void emu_gap(void *p, size_t bytes) { gaps[(char *)p] = bytes; }
+void emu_clear_gaps(void *from, size_t bytes) { gaps.erase(gaps.lower_bound((char *)from), gaps.lower_bound((char *)from + bytes)); }
+
 // Device memory can be touched within the life of one of these.
 struct Expose {
-    Expose() { if (!exposed++) for (auto &m : device_memory) protect(m.first, m.second, false); }
+    Expose() {
+        if (exposed++) return;
+        for (auto &m : device_memory) protect(m.first, m.second, false);
+        ASAN(for (auto &m : gaps) protect(m.first, m.second, true);)
+    }
     ~Expose() { if (!--exposed) for (auto &m : device_memory) protect(m.first, m.second, true); }
 };
 
@@ -658,6 +667,7 @@ cudaError_t cudaFree(void *p) {
     if (i == device_memory.end()) return result(cudaErrorInvalidValue);
     cudaDeviceSynchronize();
     protect(i->first, i->second, false);
+    emu_clear_gaps(i->first, i->second);
     give_memory(i->first, i->second);
     device_used -= i->second;
     device_memory.erase(i);

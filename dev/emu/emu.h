@@ -181,4 +181,7 @@ template <class T> static inline void __stcg(T *p, T x) { *p = x; }
 static inline void __threadfence() {}
 static inline void __threadfence_block() {}
 
+void emu_gap(void *p, size_t bytes);
+void emu_clear_gaps(void *from, size_t bytes);
+
 #endif
