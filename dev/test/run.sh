@@ -72,7 +72,7 @@ suite "the README's commands, make run among them" dev/test/test_readme.sh "$sha
 # The same code with the address and undefined-behaviour sanitizers, on small cases.
 asan=build/asan
 if make --no-print-directory -s BUILD=$asan PREFIX=$asan/ CFLAGS='-O1 -g' SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=all' \
-        WERROR=-Werror tests > "$work/build" 2>&1; then
+        NVCC= WERROR=-Werror tests > "$work/build" 2>&1; then
     export ASAN_OPTIONS=detect_leaks=0
     suite 'sanitizers: formats' $asan/test_formats
     suite 'sanitizers: shards' $asan/test_data
