@@ -360,8 +360,7 @@ static void golden(const Backend *backend, const char *path, int half) {
     }
     SafeTensors *f = safetensors_open(path);
     int before = passed + failed;
-    for (int i = 0; i < f->count; i++) {
-        if (half) break;            // these are the host's
+    for (int i = 0; !half && i < f->count; i++) {       // these are the host's
         if (starts(f->tensors[i].name, "resize.output")) golden_resize(f, f->tensors[i].name + strlen("resize.output"));
         if (starts(f->tensors[i].name, "posembed.") && strstr(f->tensors[i].name, ".output.")) golden_posembed(f, &f->tensors[i]);
     }
@@ -452,7 +451,7 @@ static RandomBatch random_batch(const Config *c, uint64_t seed) {
     for (int g = 0; g < 2 && c->model_drop_path > 0; g++)
         for (int branch = 0; branch < 2; branch++) {
             int n = g ? x.b.locals : x.b.globals;
-            x.b.kept[g] = (int)(n * (1 - c->model_drop_path));
+            x.b.kept[g] = kept_sequences(c, n);
             x.b.drop[g][branch] = x.drop[g][branch] = xmalloc((size_t)c->model_depth * x.b.kept[g] * sizeof(int), "a test");
             for (int i = 0; i < c->model_depth; i++) rng_subset(&r, n, x.b.kept[g], x.drop[g][branch] + i * x.b.kept[g], scratch);
         }

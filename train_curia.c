@@ -1289,23 +1289,11 @@ static void model_destroy(Model *m) {
 
 // The array behind a name of curia/backend.h, and its number of elements; NULL where there is none.
 static real *model_array(Model *m, const char *name, size_t *n) {
-    struct { const char *prefix; real *base; } arrays[] = {
-        {"student.", m->student}, {"teacher.", m->teacher}, {"grad.", m->grad},
-        {"optim.exp_avg.", m->exp_avg}, {"optim.exp_avg_sq.", m->exp_avg_sq}};
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
-        size_t skip = strlen(arrays[i].prefix);
-        if (!arrays[i].base || strncmp(name, arrays[i].prefix, skip)) continue;
-        int t = tensors_find(&m->table, name + skip);
-        if (t < 0) return NULL;
-        *n = m->table.tensors[t].size;
-        return arrays[i].base + m->table.tensors[t].offset;
-    }
-    int ibot = !strcmp(name, "center.ibot");
-    if ((ibot || !strcmp(name, "center.dino")) && m->center[ibot]) {
-        *n = ibot && m->c.ibot_separate_head ? m->c.ibot_prototypes : m->c.dino_prototypes;
-        return m->center[ibot];
-    }
-    return NULL;
+    real *arrays[ARRAY_COUNT] = {m->student, m->teacher, m->grad, m->exp_avg, m->exp_avg_sq, m->center[0], m->center[1]};
+    Place p = place_of(&m->c, &m->table, name);
+    if (p.array < 0 || !arrays[p.array]) return NULL;
+    *n = p.size;
+    return arrays[p.array] + p.offset;
 }
 
 static void copy_out(const real *from, size_t n, Dtype dtype, void *data, size_t at) {

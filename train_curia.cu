@@ -583,8 +583,6 @@ static int count_masked(const Model *m, const Batch *b) {
 static void load_batch(Model *m, Slot *s, const Batch *b) {
     s->masked = count_masked(m, b);
     size_pass(m, &s->teacher, b, 0, s->masked);
-    s->teacher.head_rows = m->train ? b->globals + s->masked : 0;
-    s->teacher.norm_rows = m->train ? s->teacher.head_rows : s->teacher.norm_rows;
     if (m->train) size_pass(m, &s->student, b, 1, s->masked);
     Carver a = {NULL, 0};
     carve(m, &a, &s->student, &s->teacher, s->masked);
@@ -1097,7 +1095,8 @@ static void model_peaks(Model *m, double *operations, double *bytes) {
     size_t size = (size_t)n * n * sizeof(floatX);
     floatX *host = (floatX *)xmalloc(size, "the device's peaks"), *buffer;
     Rng r = rng_at(1, RNG_TEST, 0, 0, 0);
-    for (size_t i = 0; i < (size_t)n * n; i++) host[i] = (floatX)(float)rng_uniform(&r);
+    enum { DRAWN = 1 << 16 };               // and then again: to draw them all would take longer than to multiply them
+    for (size_t i = 0; i < (size_t)n * n; i++) host[i] = i < DRAWN ? (floatX)(float)rng_uniform(&r) : host[i - DRAWN];
     CUDA_CHECK(cudaMalloc(&buffer, 3 * size));
     for (int i = 0; i < 2; i++) CUDA_CHECK(cudaMemcpy(buffer + (size_t)i * n * n, host, size, cudaMemcpyHostToDevice));
     free(host);
@@ -1193,7 +1192,7 @@ static Batch planned_batch(const Config *c, int B) {
     b.local_size = (int)c->crops_local_size;
     for (int g = 0; g < 2; g++) {
         int sequences = g ? b.locals : b.globals;
-        b.kept[g] = most((int)(sequences * (1 - c->model_drop_path)), sequences > 0);
+        b.kept[g] = kept_sequences(c, sequences);
         for (int i = 0; i < 2 && c->model_drop_path > 0; i++) b.drop[g][i] = &some;
     }
     return b;
@@ -1205,12 +1204,9 @@ static size_t planned_bytes(Model *m, int B, Memory *memory) {
     Batch b = planned_batch(c, B);
     Pass student = {}, teacher = {};
     int N = (int)(c->crops_global_size / c->model_patch * (c->crops_global_size / c->model_patch)), masked = 0;
-    int crops = c->ibot_weight > 0 ? (int)(b.globals * c->mask_probability) : 0;
-    for (int i = 0; i < crops; i++)
-        masked += (int)(N * (c->mask_ratio_min + (c->mask_ratio_max - c->mask_ratio_min) * (i + 1) / crops));
+    for (int i = 0; c->ibot_weight > 0 && i < masked_crops(c, b.globals); i++) masked += masked_patches(c, b.globals, i, N);
     size_pass(m, &student, &b, 1, masked);
     size_pass(m, &teacher, &b, 0, masked);
-    teacher.head_rows = teacher.norm_rows = b.globals + masked;
     Carver a = {NULL, 0};
     *memory = carve(m, &a, &student, &teacher, masked);
     return a.used;
@@ -1310,25 +1306,14 @@ static void model_destroy(Model *m) {
 
 // The device array behind a name of curia/backend.h, and its number of elements; NULL where there is none.
 static float *model_array(Model *m, const char *name, size_t *n) {
-    struct { const char *prefix; float *base; } arrays[] = {
-        {"student.", m->student}, {"teacher.", m->teacher}, {"grad.", m->grad},
-        {"optim.exp_avg.", m->exp_avg}, {"optim.exp_avg_sq.", m->exp_avg_sq}};
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
-        size_t skip = strlen(arrays[i].prefix);
-        if (!arrays[i].base || strncmp(name, arrays[i].prefix, skip)) continue;
-        int t = tensors_find(&m->table, name + skip);
-        if (t < 0) return NULL;
-        *n = m->table.tensors[t].size;
-        return arrays[i].base + m->table.tensors[t].offset;
+    float *arrays[ARRAY_COUNT] = {m->student, m->teacher, m->grad, m->exp_avg, m->exp_avg_sq, m->center[0], m->center[1]};
+    Place p = place_of(&m->c, &m->table, name);
+    if (p.array >= 0 && arrays[p.array]) {
+        *n = p.size;
+        return arrays[p.array] + p.offset;
     }
-    const Config *c = &m->c;
     const Slot *s = &m->slots[(m->ended + 1) % 2];          // of the step that ended last
-    size_t D = c->model_dim, crops = s->student.groups[0].count, patches = crops * s->student.groups[0].patches;
-    for (int ibot = 0; ibot < 2; ibot++) {
-        if (strcmp(name, ibot ? "center.ibot" : "center.dino") || !m->center[ibot]) continue;
-        *n = ibot && c->ibot_separate_head ? c->ibot_prototypes : c->dino_prototypes;
-        return m->center[ibot];
-    }
+    size_t D = m->c.model_dim, crops = s->student.groups[0].count, patches = crops * s->student.groups[0].patches;
     if (!m->ended) return NULL;
     *n = crops * D;
     if (!strcmp(name, "out.cls")) return m->norm_out[0];

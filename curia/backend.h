@@ -4,6 +4,7 @@ the backend does all pixel and tensor work (DESIGN 2).
 
   Slice, View, Batch   a step's input
   StepResult           a step's losses and what shows collapse
+  Place, place_of      where what read() and write() name lies
   Backend              a backend's functions
 */
 #ifndef CURIA_BACKEND_H
@@ -56,6 +57,24 @@ typedef struct {
     double feature_std, feature_rank;               // teacher class tokens: mean over channels of the std over the batch, and
                                                     // the participation ratio (sum l)^2 / sum l^2 of their covariance
 } StepResult;
+
+// The arrays that read() and write() name, and where one of a model's names lies: array -1 where there is none of that name.
+enum { ARRAY_STUDENT, ARRAY_TEACHER, ARRAY_GRAD, ARRAY_EXP_AVG, ARRAY_EXP_AVG_SQ, ARRAY_CENTER_DINO, ARRAY_CENTER_IBOT, ARRAY_COUNT };
+typedef struct { int array; size_t offset, size; } Place;
+
+static inline Place place_of(const Config *c, const TensorTable *t, const char *name) {
+    static const char *const prefixes[] = {"student.", "teacher.", "grad.", "optim.exp_avg.", "optim.exp_avg_sq."};
+    Place p = {-1, 0, 0};
+    if (!strcmp(name, "center.dino")) p = (Place){ARRAY_CENTER_DINO, 0, (size_t)c->dino_prototypes};
+    if (!strcmp(name, "center.ibot"))
+        p = (Place){ARRAY_CENTER_IBOT, 0, (size_t)(c->ibot_separate_head ? c->ibot_prototypes : c->dino_prototypes)};
+    for (int i = 0; i <= ARRAY_EXP_AVG_SQ; i++) {
+        size_t skip = strlen(prefixes[i]);
+        int tensor = strncmp(name, prefixes[i], skip) ? -1 : tensors_find(t, name + skip);
+        if (tensor >= 0) p = (Place){i, t->tensors[tensor].offset, t->tensors[tensor].size};
+    }
+    return p;
+}
 
 typedef struct Model Model;
 

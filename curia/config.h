@@ -282,6 +282,19 @@ static inline long long ffn_hidden_rule(long long dim, int ffn) {
     return ffn == FFN_MLP ? 4 * dim : (4 * dim * 2 / 3 + 7) / 8 * 8;
 }
 
+// Sequences that a branch keeps of `sequences` (METHOD A.3): truncated in double, as the reference does; at least one where there are any.
+static inline int kept_sequences(const Config *c, int sequences) {
+    int kept = (int)(sequences * (1 - c->model_drop_path));
+    return kept < 1 && sequences ? 1 : kept;
+}
+
+// Crops that get a mask, of all global crops; and patches that the crop of `rank` among them masks, of N (METHOD D, version 3's
+// rule): ratios evenly spread over their range, so that the sum is the same in every step.
+static inline int masked_crops(const Config *c, int crops) { return (int)(crops * c->mask_probability); }
+static inline int masked_patches(const Config *c, int crops, int rank, int N) {
+    return (int)(N * (c->mask_ratio_min + (c->mask_ratio_max - c->mask_ratio_min) * (rank + 1) / masked_crops(c, crops)));
+}
+
 // Checks that need two keys, and fills model.ffn_hidden and model.pos_grid where they are 0.
 static inline void config_validate(Config *c, const char *source) {
     if (c->model_dim % c->model_heads)

@@ -129,8 +129,7 @@ static inline StepInput input_create(const Config *c) {
     in.scratch = xmalloc((size_t)(b->globals + b->locals) * sizeof(int), "a batch");
     for (int g = 0; g < 2; g++) {
         int sequences = g ? b->locals : b->globals;
-        b->kept[g] = (int)(sequences * (1 - c->model_drop_path));       // truncated in double, as the reference does
-        if (b->kept[g] < 1 && sequences) b->kept[g] = 1;
+        b->kept[g] = kept_sequences(c, sequences);
         for (int branch = 0; branch < 2 && c->model_drop_path > 0; branch++)
             b->drop[g][branch] = in.drop[g][branch] = xmalloc((size_t)c->model_depth * b->kept[g] * sizeof(int), "a batch");
     }
@@ -170,7 +169,7 @@ static inline void input_draw(StepInput *in, const Config *c, Dataset *data, lon
 
     // Which global crops are masked, and how much: a permutation of the crops; those ranked below n are masked, with ratios
     // evenly spread over the range by rank.
-    int masked = (int)(b->globals * c->mask_probability), *rank = in->scratch;
+    int masked = masked_crops(c, b->globals), *rank = in->scratch;
     Rng shuffle = rng_at(seed, RNG_MASK, at, 0, UINT32_MAX);
     for (int i = 0; i < b->globals; i++) {
         int j = (int)rng_below(&shuffle, (uint64_t)i + 1);
@@ -193,10 +192,9 @@ static inline void input_draw(StepInput *in, const Config *c, Dataset *data, lon
         if (!global || rank[i] >= masked) continue;
         // The anatomy's centre and spread on this crop's patch grid, mirrored with it.
         double row = (s->centre_row - v->top) * g / v->height, col = (s->centre_col - v->left) * g / v->width;
-        double ratio = c->mask_ratio_min + (c->mask_ratio_max - c->mask_ratio_min) * (rank[i] + 1) / masked;
         r = rng_at(seed, RNG_MASK, at, (uint64_t)sample, (uint32_t)crop);
-        draw_mask(&r, in->mask + (size_t)i * N, g, (int)(N * ratio), (int)c->mask_prior, row, v->flip ? g - col : col,
-                  c->mask_prior_sigma * s->spread_row * g / v->height, c->mask_prior_sigma * s->spread_col * g / v->width);
+        draw_mask(&r, in->mask + (size_t)i * N, g, masked_patches(c, b->globals, rank[i], N), (int)c->mask_prior, row,
+                  v->flip ? g - col : col, c->mask_prior_sigma * s->spread_row * g / v->height, c->mask_prior_sigma * s->spread_col * g / v->width);
     }
 
     for (int l = 0; l < c->model_depth && c->model_drop_path > 0; l++)

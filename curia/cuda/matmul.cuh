@@ -28,7 +28,7 @@ typedef struct {
     cudaDataType_t type_in, type_out;
     int epilogue;               // MATMUL_*
     int alignment;              // bytes that every pointer is a multiple of, up to 16; matmul() sets it
-    int batch, unused;          // products, `stride` elements apart; 0 as 1
+    int batch, zero;            // products, `stride` elements apart; 0 as 1; no padding: shapes are compared as bytes
     long long stride_a, stride_b, stride_c;
 } Matmul;
 
